@@ -1,0 +1,17 @@
+"""Number grids, granularity and packing: the ground floor. Knows torch only."""
+
+from mergequant.grids.integer import IntegerGrid
+from mergequant.grids.packing import container_bits, pack_codes, packed_width, unpack_codes
+from mergequant.grids.quantizer import AbsMax, ClipSearch, QTensor, Quantizer
+
+__all__ = [
+    "AbsMax",
+    "ClipSearch",
+    "IntegerGrid",
+    "QTensor",
+    "Quantizer",
+    "container_bits",
+    "pack_codes",
+    "packed_width",
+    "unpack_codes",
+]

@@ -1,0 +1,111 @@
+"""`int8_linear` and `int4_linear`: one integer GEMM, one multiply per output row.
+
+y[t, n] = sum_k codes[t, k] * weight[n, k] * weight_scale[n] (* token_scale[t]) (+ bias[n])
+
+The sum is exact in int32; only the epilogue is floating point, in float32. `int4_linear` takes packed weights and
+widens them on the way; modules on a CPU widen once and call `int8_linear`.
+"""
+
+import torch
+from torch import Tensor
+
+from mergequant.grids import unpack_codes
+from mergequant.ops._validate import require, require_codes, require_vector
+from mergequant.ops.int_matmul import int_matmul
+
+__all__ = ["int4_linear", "int8_linear"]
+
+ROWS_AT_ONCE = 512  # keeps the int32 accumulators of one piece inside the cache
+
+
+@torch.library.custom_op("mergequant::int8_linear", mutates_args=())
+def int8_linear(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Linear layer on integer codes.
+
+    Args:
+        codes: int8 (..., width).
+        weight: int8 (outputs, width).
+        weight_scale: float32 (outputs,).
+        token_scale: optional float32 (..., 1), of dynamic inputs.
+        bias: optional float (outputs,).
+        out_dtype: float dtype of the result.
+
+    Returns:
+        (..., outputs) in `out_dtype`.
+
+    Raises:
+        KernelError: a dtype, shape or device that is not as above.
+    """
+    require_codes("int8_linear", "weight", weight)
+    _check("int8_linear", codes, weight, weight.shape[1], weight_scale, token_scale, bias)
+    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
+    scales = None if token_scale is None else token_scale.reshape(-1, 1)
+    result = torch.empty((rows.shape[0], weight.shape[0]), dtype=out_dtype, device=codes.device)
+    step = ROWS_AT_ONCE if codes.device.type == "cpu" else max(rows.shape[0], 1)
+    for start in range(0, rows.shape[0], step):
+        piece = slice(start, start + step)
+        value = int_matmul(rows[piece], weight).float().mul_(weight_scale)
+        if scales is not None:
+            value.mul_(scales[piece])
+        if bias is not None:
+            value.add_(bias)
+        result[piece] = value
+    return result.reshape(*codes.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("mergequant::int4_linear", mutates_args=())
+def int4_linear(
+    codes: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As `int8_linear`, with weights packed two to a byte: uint8 (outputs, width // 2), low nibble first."""
+    require(packed_weight.dtype == torch.uint8, f"int4_linear: packed_weight is {packed_weight.dtype}; pass uint8")
+    _check("int4_linear", codes, packed_weight, packed_weight.shape[1] * 2, weight_scale, token_scale, bias)
+    return int8_linear(codes, unpack_codes(packed_weight, 4), weight_scale, token_scale, bias, out_dtype)
+
+
+@int8_linear.register_fake
+@int4_linear.register_fake
+def _(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _check(
+    op: str,
+    codes: Tensor,
+    weight: Tensor,
+    width: int,
+    weight_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    require_codes(op, "codes", codes)
+    require(weight.dim() == 2, f"{op}: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
+    require(codes.dim() >= 1 and codes.shape[-1] == width, f"{op}: codes {tuple(codes.shape)} do not end in {width}")
+    require(weight.device == codes.device, f"{op}: weight is on {weight.device}, codes on {codes.device}")
+    outputs = weight.shape[0]
+    require(weight_scale.shape == (outputs,), f"{op}: weight_scale {tuple(weight_scale.shape)} is not ({outputs},)")
+    require_vector(op, "weight_scale", weight_scale, outputs, codes, torch.float32)
+    if token_scale is not None:
+        wanted = (*codes.shape[:-1], 1)
+        require(token_scale.shape == wanted, f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
+    if bias is not None:
+        require(bias.shape == (outputs,), f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")

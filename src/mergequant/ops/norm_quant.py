@@ -1,0 +1,61 @@
+"""`rmsnorm_quant` and `layernorm_quant`: norms that emit integer codes (MergeQuant digest, step 2).
+
+The division by the quantization step is part of the norm's own multiplier (gain / step), so that quantizing costs a
+round and a clamp. Mean and variance are always those of the original channels, before any gather.
+"""
+
+import torch
+from torch import Tensor
+
+from mergequant.ops._validate import require_quant_arguments
+from mergequant.ops.static_quant import quantize_scaled
+
+__all__ = ["layernorm_quant", "rmsnorm_quant"]
+
+
+@torch.library.custom_op("mergequant::rmsnorm_quant", mutates_args=())
+def rmsnorm_quant(
+    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int
+) -> Tensor:
+    """codes = clamp(round((x / rms(x))[index] * multiplier + shift)).
+
+    Args:
+        x: (..., channels) float; the norm runs in float32.
+        multiplier: float32 (width,): gain / step of every code.
+        index: optional int32 (width,): channel that each code reads.
+        shift: optional float32 (width,): staggered offsets, in units of codes.
+        eps: added to the mean square.
+        bits: width of the clamp, 2..8.
+
+    Returns:
+        int8 codes (..., width).
+
+    Raises:
+        KernelError: a dtype, shape or device that is not as above.
+    """
+    require_quant_arguments("rmsnorm_quant", x, multiplier, index, shift, bits)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return quantize_scaled(normed, multiplier, index, shift, bits)
+
+
+@torch.library.custom_op("mergequant::layernorm_quant", mutates_args=())
+def layernorm_quant(
+    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int
+) -> Tensor:
+    """codes = clamp(round(((x - mean) / std)[index] * multiplier + shift)).
+
+    Arguments, result and errors as `rmsnorm_quant`; the norm's bias over the step is part of `shift`.
+    """
+    require_quant_arguments("layernorm_quant", x, multiplier, index, shift, bits)
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return quantize_scaled(normed, multiplier, index, shift, bits)
+
+
+@rmsnorm_quant.register_fake
+@layernorm_quant.register_fake
+def _(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int) -> Tensor:
+    width = x.shape[-1] if index is None else index.shape[0]
+    return x.new_empty((*x.shape[:-1], width), dtype=torch.int8)
