@@ -1,1 +1,18 @@
+"""Calibration: activations of all windows, carried through the model block by block."""
 
+from mergequant.calibration.chain import Chain, Chunk, Prefix, Role, check_finite, chunked
+from mergequant.calibration.context import BlockContext, SiteContext
+from mergequant.calibration.store import ActivationStore, StorePolicy
+
+__all__ = [
+    "ActivationStore",
+    "BlockContext",
+    "Chain",
+    "Chunk",
+    "Prefix",
+    "Role",
+    "SiteContext",
+    "StorePolicy",
+    "check_finite",
+    "chunked",
+]

@@ -133,8 +133,8 @@ def head_windows(
     """Consecutive windows from the start of the text, for evaluation; `samples=None` takes all whole windows.
 
     With `stride` s each window starts s text tokens after the one before and thus repeats its context; score then only
-    the last s tokens of all but the first. `model` and `seed` are used by `self` data only, and give other sequences than
-    `draw_windows` for every pair of seeds. Raises as `draw_windows`.
+    the last s tokens of all but the first. `model` and `seed` are used by `self` data only, and give other sequences
+    than `draw_windows` for every pair of seeds. Raises as `draw_windows`.
     """
     _check_counts(seqlen, samples)
     spec, start, width = _prepare(data, tokenizer, seqlen, bos)
@@ -355,7 +355,7 @@ def _with_start(windows: torch.Tensor, start: int | None) -> torch.Tensor:
 
 
 def _too_short(source: Source, have: int, *, need: int, fits: int, samples: int, seqlen: int) -> DataError:
-    """`fits`: windows of `seqlen` that the `have` tokens allow; `samples`: windows asked for, held-out ones included."""
+    """`fits`: windows of `seqlen` that the `have` tokens allow; `samples`: windows asked for, with held-out ones."""
     width = have // samples
     advice = [f"--samples {fits}"] if fits else []
     advice += [f"--seqlen {width}"] if width >= 2 else []

@@ -39,9 +39,17 @@ class IntegerGrid:
         """Largest code; a symmetric scale is absmax / high."""
         return (1 << (self.bits - 1)) - 1
 
-    def nearest(self, scaled: Tensor) -> Tensor:
+    def nearest(self, scaled: Tensor, finer: Tensor | None = None) -> Tensor:
         """Round values that are already divided by their scale to codes, kept in `scaled`'s floating dtype.
 
-        Ties go to the even code, as in `torch.round` and in the GPU's convert instruction.
+        Ties go to the even code, as in `torch.round` and in the GPU's convert instruction. `finer` multiplies the
+        bounds: the grid of several staggered copies that are summed.
         """
-        return torch.clamp(torch.round(scaled), self.low, self.high)
+        if finer is None:
+            return torch.clamp(torch.round(scaled), self.low, self.high)
+        return torch.clamp(torch.round(scaled), self.low * finer, self.high * finer)
+
+    def share_outside(self, scaled: Tensor) -> float:
+        """Share of values whose nearest integer lies beyond the grid."""
+        nearest = torch.round(scaled)
+        return float(((nearest > self.high) | (nearest < self.low)).float().mean())

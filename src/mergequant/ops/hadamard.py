@@ -50,11 +50,12 @@ def rotation(width: int) -> Rotation:
     """
     if width < 1:
         raise KernelError(f"no rotation of width {width}")
-    name, base = _base(width)
-    power = width // base.shape[0]
-    inner = min(power, LARGEST_FACTOR)
-    left = torch.kron(base, _sylvester(power // inner))
-    return Rotation(f"{name} x sylvester-{power}", left, _sylvester(inner))
+    with torch.device("cpu"):  # the cache must not keep what a caller builds under `torch.device("meta")`
+        name, base = _base(width)
+        power = width // base.shape[0]
+        inner = min(power, LARGEST_FACTOR)
+        left = torch.kron(base, _sylvester(power // inner))
+        return Rotation(f"{name} x sylvester-{power}", left, _sylvester(inner))
 
 
 @torch.library.custom_op("mergequant::hadamard_transform", mutates_args=())

@@ -1,0 +1,192 @@
+"""The chain: hidden states of all windows, carried through the model one block at a time.
+
+Windows are cut into chunks, each with a role: calibration, held-out (the recipe's own choices) or verify (kept apart
+until the end, compared with the reloaded checkpoint). With a prefix, every chunk attends to the prefix's keys and
+values, and a window's own BOS, which the prefix stands for, is not run.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from mergequant.calibration.store import ActivationStore, StorePolicy
+from mergequant.errors import NumericsError, StructureError
+from mergequant.models import ModelShell
+
+__all__ = ["Chain", "Chunk", "Prefix", "Role", "check_finite", "chunked"]
+
+Role = Literal["calibration", "held_out", "verify"]
+TOKENS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some windows that run together: tokens (batch, seqlen) and what they are for."""
+
+    tokens: Tensor
+    role: Role
+
+
+@dataclass
+class Prefix:
+    """The prefix on its way through the float model.
+
+    Attributes:
+        tokens: int64 (1, P).
+        replaces_bos: windows begin with BOS, which the prefix stands for.
+        hidden: (1, P, channels), entering the current block.
+        keys, values: (1, kv_heads, P, width) of the current block, after rotary embedding.
+    """
+
+    tokens: Tensor
+    replaces_bos: bool
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Chain:
+    """Hidden states before the current block, for all chunks, and how a block is run on them."""
+
+    def __init__(self, shell: ModelShell, chunks: list[Chunk], policy: StorePolicy, prefix: tuple[list[int], bool] | None):
+        self.shell = shell
+        self.policy = policy
+        self.chunks = chunks
+        self.position = 0
+        self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self.prefix: Prefix | None = None
+        if prefix is not None:
+            self._start_prefix(*prefix)
+        self.hidden = ActivationStore(policy)
+        for chunk in chunks:
+            entering, kwargs = shell.block_kwargs(self._run_tokens(chunk.tokens), cache=self._empty_cache())
+            self._remember(entering.shape[:2], kwargs)
+            self.hidden.append(entering)
+
+    def numbers(self, role: Role) -> list[int]:
+        """Positions of the chunks of a role."""
+        return [number for number, chunk in enumerate(self.chunks) if chunk.role == role]
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Run the current block, as it stands, on one chunk's hidden states."""
+        batch, length = hidden.shape[:2]
+        kwargs = self._kwargs[batch, length][self.position]
+        cache = self._block_cache(batch)
+        if cache is not None:
+            kwargs = {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return self.shell.run_block(self.position, hidden, kwargs)
+
+    def begin_block(self) -> None:
+        """Compute the prefix's keys and values in the current block, which still holds its float weights."""
+        if self.prefix is None:
+            return
+        cache = DynamicCache(config=self.shell.config)
+        kwargs = self.shell.block_kwargs(self.prefix.tokens, cache=cache)[1][self.position]
+        kwargs = {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        self.prefix.hidden = self.shell.run_block(self.position, self.prefix.hidden, kwargs)
+        layer = cache.layers[self.position]
+        self.prefix.keys, self.prefix.values = layer.keys, layer.values
+
+    def advance(self) -> None:
+        """Replace every chunk's hidden states by the current block's output and go to the next block.
+
+        Raises:
+            NumericsError: naming the block and the channel of the first non-finite value.
+        """
+        name = self.shell.block_names[self.position]
+        for number in range(len(self.chunks)):
+            output = self.run(self.hidden[number])
+            check_finite(output, f"{name}: output of the quantized block")
+            self.hidden.replace(number, output)
+        self.position += 1
+
+    def logits(self, number: int) -> Tensor:
+        """Logits of a chunk after the last block (batch, tokens run, vocabulary)."""
+        return self.shell.logits(self._run_tokens(self.chunks[number].tokens), self.hidden[number])
+
+    def prefix_output(self) -> Tensor:
+        """Final hidden states of the prefix (P, channels), after the last norm."""
+        prefix = self._require_prefix()
+        name = self.shell.final_norm_name
+        norm: Callable[[Tensor], Tensor] = nn.Identity() if name is None else self.shell.model.get_submodule(name)
+        with torch.no_grad():
+            return norm(prefix.hidden)[0]
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self.hidden.close()
+
+    def _require_prefix(self) -> Prefix:
+        if self.prefix is None:
+            raise StructureError("this chain runs without a prefix")
+        return self.prefix
+
+    def _run_tokens(self, tokens: Tensor) -> Tensor:
+        skip = 1 if self.prefix is not None and self.prefix.replaces_bos else 0
+        return tokens[:, skip:]
+
+    def _start_prefix(self, tokens: list[int], replaces_bos: bool) -> None:
+        ids = torch.tensor([tokens])
+        entering, _ = self.shell.block_kwargs(ids, cache=DynamicCache(config=self.shell.config))
+        empty = torch.empty(0, device=self.shell.device)
+        self.prefix = Prefix(ids, replaces_bos, entering, empty, empty)
+
+    def _empty_cache(self) -> Cache | None:
+        """A cache as long as the prefix: masks and positions depend on its length, not on its content."""
+        if self.prefix is None:
+            return None
+        cache = DynamicCache(config=self.shell.config)
+        for index in range(len(self.shell.blocks)):
+            empty = torch.zeros(1, 1, self.prefix.tokens.shape[1], 1, device=self.shell.device)
+            cache.update(empty, empty, index)
+        return cache
+
+    def _block_cache(self, batch: int) -> Cache | None:
+        if self.prefix is None:
+            return None
+        cache = DynamicCache(config=self.shell.config)
+        keys, values = self.prefix.keys, self.prefix.values
+        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), self.position)
+        return cache
+
+    def _remember(self, shape: torch.Size, kwargs: list[dict[str, Any]]) -> None:
+        """Keep a block's arguments once per chunk shape, after checking that they do not depend on the tokens."""
+        key = (shape[0], shape[1])
+        known = self._kwargs.setdefault(key, kwargs)
+        if known is not kwargs and not all(_same(a, b) for a, b in zip(known, kwargs)):
+            raise StructureError(
+                f"{type(self.shell.model).__name__} passes its blocks arguments that depend on the tokens; "
+                "such a model cannot be carried through block by block"
+            )
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raise NumericsError that names the channel of the first value that is not finite."""
+    finite = torch.isfinite(value)
+    if not bool(finite.all()):
+        channel = int((~finite).reshape(-1, value.shape[-1]).any(0).nonzero()[0])
+        raise NumericsError(
+            f"{what} is not finite at channel {channel}; the weights or the calibration data overflow here. "
+            "Check the float model's own logits on this data, and that the file is not damaged"
+        )
+
+
+def chunked(tokens: Tensor, role: Role) -> Iterator[Chunk]:
+    """Cut windows (N, T) into chunks of at most about 4096 tokens."""
+    step = max(TOKENS_PER_CHUNK // tokens.shape[1], 1)
+    for start in range(0, tokens.shape[0], step):
+        yield Chunk(tokens[start : start + step], role)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second))
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    return isinstance(first, Cache) or first == second

@@ -1,0 +1,225 @@
+"""What a step of a recipe works on: a block, and inside it one site at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mergequant import ops
+from mergequant.calibration.chain import Chain, Role, check_finite
+from mergequant.calibration.store import ActivationStore
+from mergequant.errors import StructureError
+from mergequant.models import BlockStructure, Producer, Site
+from mergequant.nn import QuantLinear
+from mergequant.solvers import GramSum, Solution
+from mergequant.transforms import FloatScheme, InputScheme
+
+__all__ = ["BlockContext", "SiteContext"]
+
+
+class _Captured(Exception):  # noqa: N818
+    """Ends a forward pass once the tensor that was wanted has been seen."""
+
+
+@dataclass
+class BlockContext:
+    """One block while it is being quantized.
+
+    Attributes:
+        chain: hidden states that enter the block (quantized upstream), and how the block is run.
+        structure: its sites.
+        generator: seeded by the run's seed and the block's number.
+        sites: contexts of the sites that have been opened, by name.
+        figures: what steps report, by site and step.
+    """
+
+    chain: Chain
+    structure: BlockStructure
+    generator: torch.Generator
+    sites: dict[str, "SiteContext"] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        """Number of the block."""
+        return self.chain.position
+
+    @property
+    def name(self) -> str:
+        """Full name of the block."""
+        return self.chain.shell.block_names[self.index]
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        return self.chain.shell.blocks[self.index]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self.chain.shell.device
+
+    def site(self, site: Site) -> "SiteContext":
+        """The context of a site, opened at first use."""
+        if site.name not in self.sites:
+            self.sites[site.name] = SiteContext(self, site)
+        return self.sites[site.name]
+
+    def report(self, site: str, **figures: float) -> None:
+        """Record figures of a site."""
+        self.figures.setdefault(site, {}).update(figures)
+
+    def capture(self, site: Site) -> ActivationStore:
+        """Float inputs of a site for all chunks (batch, tokens, width), upstream sites as they stand now."""
+        store = ActivationStore(self.chain.policy)
+        seen: list[Tensor] = []
+
+        def keep(value: Tensor) -> None:
+            seen.append(value)
+            raise _Captured
+
+        if site.norm is not None:
+            target = self.module.get_submodule(site.norm.name)
+            handle = target.register_forward_hook(lambda _module, _args, output: keep(output))
+        else:
+            target = self.module.get_submodule(site.consumers[0])
+            handle = target.register_forward_pre_hook(lambda _module, args: keep(args[0]))
+        try:
+            for number, chunk in enumerate(self.chain.chunks):
+                seen.clear()
+                if chunk.role == "verify":
+                    continue
+                try:
+                    self.chain.run(self.chain.hidden[number])
+                except _Captured:
+                    pass
+                if not seen:
+                    raise StructureError(f"{self.name}.{site.name} was not reached when its block was run")
+                store.append(seen[0].reshape(-1, site.width))
+        finally:
+            handle.remove()
+        return store
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a quantized module in the place of one of the block's own."""
+        path, _, leaf = name.rpartition(".")
+        setattr(self.module.get_submodule(path), leaf, module)
+
+    def absorb(self, producer: Producer, factor: Tensor) -> None:
+        """Multiply the rows of a producer by a factor each (rows,): exact, whether it is quantized already or not.
+
+        The prefix's values are outputs of the value projection and are multiplied with it.
+        """
+        rows = producer.rows
+        module = self.module.get_submodule(rows.linear)
+        if isinstance(module, QuantLinear):
+            module.scale_rows(factor, rows.start, rows.stop)
+        else:
+            with torch.no_grad():
+                module.weight[rows.start : rows.stop] *= factor[:, None].to(module.weight)
+                if module.bias is not None:
+                    module.bias[rows.start : rows.stop] *= factor.to(module.bias)
+
+    def absorb_in_prefix(self, factor: Tensor) -> None:
+        """Multiply the prefix's values by a factor per value row (kv_heads * width,)."""
+        prefix = self.chain.prefix
+        if prefix is not None:
+            heads, width = prefix.values.shape[1], prefix.values.shape[3]
+            prefix.values = prefix.values * factor.reshape(1, heads, 1, width).to(prefix.values)
+
+
+@dataclass
+class SiteContext:
+    """One site while it is being quantized.
+
+    Attributes:
+        block, site: where it is.
+        scheme: how its input becomes codes, as far as the steps have decided.
+        weights: float weights of the consumers (outputs, width), rotated if the site is.
+        targets: weights to round (outputs, codes), once a step has folded or compensated them.
+        rotation: name of the online rotation of the input, "" for none.
+        solutions: rounded weights, by consumer.
+    """
+
+    block: BlockContext
+    site: Site
+    scheme: InputScheme = field(default_factory=FloatScheme)
+    rotation: str = ""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] | None = None
+    solutions: dict[str, Solution] = field(default_factory=dict)
+    _inputs: ActivationStore | None = None
+    _roles: list[Role] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.site.consumers:
+            module = self.block.module.get_submodule(name)
+            self.weights[name] = module.weight.detach().float().clone()
+
+    @property
+    def name(self) -> str:
+        """Full name of the site."""
+        return f"{self.block.name}.{self.site.name}"
+
+    def open(self) -> None:
+        """Capture the site's inputs; earlier sites are expected to be quantized already."""
+        if self._inputs is None:
+            self._inputs = self.block.capture(self.site)
+            self._roles = [chunk.role for chunk in self.block.chain.chunks if chunk.role != "verify"]
+            for chunk in self._inputs:
+                check_finite(chunk, f"{self.name}: input")
+
+    def close(self) -> None:
+        """Free the inputs."""
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
+
+    def rotate(self) -> None:
+        """Rotate input and weights online by the Hadamard-like rotation of the width: (x R)(W R)^T = x W^T."""
+        if not self.rotation:
+            self.rotation = ops.rotation(self.site.width).name
+            self.weights = {name: ops.hadamard_transform(weight) for name, weight in self.weights.items()}
+
+    def chunks(self, role: Role = "calibration") -> Iterator[Tensor]:
+        """Float inputs (tokens, width) chunk by chunk, rotated if the site is."""
+        self.open()
+        if self._inputs is None:
+            raise StructureError(f"{self.name}: inputs were closed")
+        for number, own in enumerate(self._roles):
+            if own == role:
+                chunk = self._inputs[number]
+                yield ops.hadamard_transform(chunk) if self.rotation else chunk
+
+    def sample(self, role: Role, tokens: int) -> Tensor:
+        """At most `tokens` tokens of a role, evenly spread (tokens, width)."""
+        self.open()
+        total = sum(1 for own in self._roles if own == role)
+        share = max(tokens // max(total, 1), 1)
+        picked = []
+        for chunk in self.chunks(role):
+            stride = max(chunk.shape[0] // share, 1)
+            picked.append(chunk[stride // 2 :: stride][:share])
+        return torch.cat(picked)
+
+    def stacked_weight(self) -> Tensor:
+        """Weights of all consumers, one under the other (outputs, width)."""
+        return torch.cat([self.weights[name] for name in self.site.consumers])
+
+    def gram(self, values: Callable[[Tensor], Tensor] | None = None) -> GramSum:
+        """Raw sum of v v^T over all calibration tokens, v what the GEMM sees under the current scheme."""
+        values = self.scheme.values if values is None else values
+        total: GramSum | None = None
+        for chunk in self.chunks():
+            coded = values(chunk)
+            if total is None:
+                total = GramSum.zeros(coded.shape[1], coded.shape[1], coded.device)
+            total.add(coded)
+        if total is None:
+            raise StructureError(f"{self.name}: no calibration tokens")
+        return total
+
+    def report(self, **figures: float) -> None:
+        """Record figures of this site."""
+        self.block.report(self.site.name, **figures)

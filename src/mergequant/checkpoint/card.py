@@ -1,0 +1,86 @@
+"""The model card (README.md) of a checkpoint: how it was made, how good and how large it is, how to use it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergequant.checkpoint.format import Quantization
+from mergequant.nn import NormSpec
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    name: str,
+    quantization: Quantization,
+    *,
+    base: str = "",
+    language: str = "",
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Markdown with a YAML head that the Hub understands.
+
+    Args:
+        name: of the checkpoint.
+        quantization: its description.
+        base: name of the float model.
+        language: two-letter code, if known.
+        results: rows of the results table, for example {"float": {"perplexity": 7.1}, "quantized": {...}}.
+    """
+    head = ["library_name: transformers", "tags:", "- mergequant", "- quantized"]
+    head += [f"base_model: {base}"] if base else []
+    head += [f"language: {language}"] if language else []
+    recipe = quantization.recipe.get("name", "unnamed")
+    lines = ["---", *head, "---", "", f"# {name}", ""]
+    source = f" from `{base}`" if base else ""
+    lines += [f"Made{source} by mergequant with the recipe `{recipe}`: {_scheme(quantization)}.", ""]
+    if quantization.prefix is not None:
+        replaces = (
+            " The first one stands for BOS, which prompts must begin with." if quantization.prefix.replaces_bos else ""
+        )
+        lines += [f"Every cache starts with {len(quantization.prefix.tokens)} stored prefix token(s).{replaces}", ""]
+    if results:
+        lines += ["## Results", "", *_table(results), ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import mergequant",
+        "from transformers import AutoTokenizer",
+        "",
+        'model = mergequant.load("PATH/TO/THIS/FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
+        'print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))',
+        "```",
+        "",
+    ]
+    if quantization.provenance:
+        lines += ["## Provenance", "", *_table({"": quantization.provenance}, flat=True), ""]
+    return "\n".join(lines)
+
+
+def _scheme(quantization: Quantization) -> str:
+    counts: dict[str, int] = {}
+    for spec in quantization.layers.values():
+        if isinstance(spec, NormSpec):
+            text = f"norms that emit {spec.bits}-bit codes"
+        else:
+            activation = "float" if spec.input.kind == "float" else f"{spec.input.bits}-bit {spec.input.kind}"
+            text = f"linear layers with {spec.weight_bits}-bit weights and {activation} inputs"
+        counts[text] = counts.get(text, 0) + 1
+    return ", ".join(f"{count} {text}" for text, count in sorted(counts.items()))
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], *, flat: bool = False) -> list[str]:
+    if flat:
+        pairs = [(key, value) for row in rows.values() for key, value in row.items()]
+        return ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in pairs)]
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = ["| | " + " | ".join(map(_cell, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, row in rows.items():
+        lines.append(f"| {_cell(label)} | " + " | ".join(_cell(row.get(key, "")) for key in columns) + " |")
+    return lines
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,25 @@
+"""mergequant inside transformers: `AutoModelForCausalLM.from_pretrained` loads checkpoints after `register()`."""
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from mergequant.checkpoint import QUANT_METHOD
+from mergequant.integrations.transformers.config import MergeQuantConfig
+from mergequant.integrations.transformers.load import load
+from mergequant.integrations.transformers.prefix import install_prefix, set_bos_in_tokenizer
+from mergequant.integrations.transformers.quantizer import MergeQuantQuantizer, quantize_skeleton
+
+__all__ = [
+    "MergeQuantConfig",
+    "MergeQuantQuantizer",
+    "install_prefix",
+    "load",
+    "quantize_skeleton",
+    "register",
+    "set_bos_in_tokenizer",
+]
+
+
+def register() -> None:
+    """Make transformers know the quantization method "mergequant". May be repeated."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = MergeQuantConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MergeQuantQuantizer

@@ -1,0 +1,108 @@
+"""The plan of a run: what would be done to which layer, what it would take, which backend would run it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mergequant import ops
+from mergequant.models import BlockStructure, ModelShell
+from mergequant.pipeline.blocks import outside_tensors
+from mergequant.recipes import Recipe
+from mergequant.steps import Round, SiteStep
+
+__all__ = ["Plan", "SitePlan", "make_plan"]
+
+FLOAT32 = 4
+STREAM_FLOPS = 6e10  # float32 multiply-adds a second that two CPU cores reach; a first estimate, replaced when running
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site of one block: its linears, their shapes, and the names of the steps that act on it."""
+
+    block: str
+    site: str
+    kind: str
+    linears: dict[str, tuple[int, ...]]
+    steps: tuple[str, ...]
+    static_migration: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--dry-run` prints.
+
+    Attributes:
+        recipe: its name.
+        sites: all sites in forward order.
+        kept: linears of blocks that stay in floating point, with the reason.
+        parameters, linear_parameters: counts of the float model and of the linears to quantize.
+        peak_bytes: estimated peak memory of the run.
+        disk_bytes: estimated size of the checkpoint.
+        seconds: rough estimate on two CPU cores; the progress bar corrects it after the first block.
+        backends: op backends here and on GPU architectures.
+    """
+
+    recipe: str
+    sites: tuple[SitePlan, ...]
+    kept: dict[str, str]
+    parameters: int
+    linear_parameters: int
+    peak_bytes: int
+    disk_bytes: int
+    seconds: float
+    backends: tuple[ops.Choice, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **{name: getattr(self, name) for name in ("recipe", "kept", "parameters", "linear_parameters")},
+            **{name: getattr(self, name) for name in ("peak_bytes", "disk_bytes", "seconds")},
+            "sites": [vars(site) for site in self.sites],
+            "backends": [vars(choice) for choice in self.backends],
+        }
+
+
+def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recipe, windows: int, seqlen: int) -> Plan:
+    """Plan a run of `recipe` on `windows` windows of `seqlen` tokens."""
+    sites: list[SitePlan] = []
+    kept: dict[str, str] = {}
+    linear_parameters = 0
+    largest_block = 0
+    widest = 0
+    work = 0.0
+    tokens = windows * seqlen
+    rounding = [step for step in recipe.steps if isinstance(step, Round)]
+    for index, structure in enumerate(structures):
+        block = shell.block_names[index]
+        shapes = shell.block_parameters(index)
+        largest_block = max(largest_block, sum(_count(shape) for shape in shapes.values()))
+        for site in structure.sites:
+            acting = tuple(step.name for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site))
+            linears = {name: shapes[f"{name}.weight"] for name in site.consumers}
+            sites.append(SitePlan(block, site.name, site.kind, linears, acting, site.producer is not None))
+            if not any(step.applies_to(site) for step in rounding):
+                kept |= {f"{block}.{name}": "no rounding step acts on its site" for name in linears}
+                continue
+            widest = max(widest, site.width)
+            parameters = sum(_count(shape) for shape in linears.values())
+            linear_parameters += parameters
+            work += tokens * (4.0 * parameters + 3.0 * site.width**2)
+        kept |= {f"{block}.{name}": "its input belongs to no provable site" for name in structure.unserved}
+    outside = sum(_count(tuple(tensor.shape)) for tensor in outside_tensors(shell).values())
+    in_blocks = sum(_count(shape) for i in range(len(structures)) for shape in shell.block_parameters(i).values())
+    hidden = shell.config.get_text_config().hidden_size
+    peak = FLOAT32 * (outside + 2 * largest_block + tokens * (hidden + widest) + 4 * widest**2)
+    bits = max((step.bits for step in rounding), default=16)
+    stored = linear_parameters * (bits / 8 + 0.02) + (outside + in_blocks - linear_parameters) * 2
+    backends = tuple(choice for name in (None, "sm_80", "sm_89", "sm_90") for choice in ops.explain(name))
+    return Plan(
+        recipe.name, tuple(sites), kept, outside + in_blocks, linear_parameters,
+        int(peak), int(stored), work / STREAM_FLOPS, backends,
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,415 @@
+"""quantize(): a model and a recipe become a checkpoint, one block in memory at a time.
+
+model folder -> plan -> windows -> hidden states before block 0 -> for each block: load, steps of the recipe, run the
+quantized block, write -> tail, config -> verify from disk.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import mergequant
+from mergequant.calibration import BlockContext, Chain, StorePolicy, chunked
+from mergequant.checkpoint import (
+    FORMAT_VERSION,
+    PREFIX_MODULE,
+    QUANT_METHOD,
+    CheckpointWriter,
+    Quantization,
+    count_bits,
+    model_card,
+    open_checkpoint,
+)
+from mergequant.data import DataLike, Windows, check_seqlen, draw_splits, parse_data, sketch, sketch_to_json
+from mergequant.errors import ModelError, StructureError, UsageError
+from mergequant.models import BlockStructure, ModelShell
+from mergequant.nn import PrefixSpec
+from mergequant.pipeline.blocks import block_layers, block_tensors, outside_tensors, quantize_block, restore_block, stored_as
+from mergequant.pipeline.plan import Plan, make_plan
+from mergequant.pipeline.prefix import choose_prefix
+from mergequant.pipeline.tokenizer import bos_of, tokenizer_files
+from mergequant.pipeline.verify import verify_checkpoint
+from mergequant.recipes import Recipe, load_recipe
+
+__all__ = ["Quantized", "Reporter", "plan", "quantize"]
+
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQLEN = 512
+HELD_OUT_SHARE = 8  # one held-out window for every 8 calibration windows
+VERIFY_WINDOWS = 2
+
+
+class Reporter(Protocol):
+    """What a front end may want to show while a run goes on."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins."""
+
+    def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
+        """A block is done."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Quantized:
+    """A finished checkpoint.
+
+    Attributes:
+        folder: where it lies.
+        figures: what was measured: sizes, time and errors per site.
+    """
+
+    folder: Path
+    figures: dict[str, Any]
+    _temporary: TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The quantized model, loaded from the checkpoint."""
+        from mergequant.integrations.transformers import load
+
+        return load(self.folder)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the checkpoint to a folder that does not exist yet or is empty.
+
+        Raises:
+            UsageError: the folder holds something.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise UsageError(f"{target} is not empty; choose another folder")
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.folder, partial)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+        return target
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Recipe,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seqlen: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Plan:
+    """What `quantize` would do, without reading the blocks' weights or any data. Errors as `quantize`."""
+    chosen = _recipe(recipe, settings)
+    shell = ModelShell.open(model)
+    seqlen = _seqlen(seqlen, shell)
+    return make_plan(shell, shell.structures, chosen, samples + _held_out(samples) + VERIFY_WINDOWS, seqlen)
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Recipe = "mergequant-w4a8",
+    *,
+    data: DataLike = "self",
+    out: str | Path | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bos: bool | None = None,
+    resume: bool = True,
+    reporter: Reporter | None = None,
+    policy: StorePolicy | None = None,
+) -> Quantized:
+    """Quantize a model and write a checkpoint.
+
+    Args:
+        model: a folder with a float transformers model, or a model in memory (which is not changed).
+        recipe: a registered name, a path to a YAML file, or a `Recipe`.
+        data: "self" (sequences sampled from the float model), a text file or folder, "hf:NAME", a mix, or tokens.
+        out: folder of the checkpoint; None = a temporary one that lives as long as the result (`.save(DIR)` keeps it).
+        samples, seqlen: calibration windows and their length in tokens (default 512, or the model's limit).
+        seed: of the data and of everything random in the recipe.
+        device: what computes.
+        settings: changes to the recipe, {"split": 0} or {"clip.mode": "none"}.
+        tokenizer: needed for a model in memory unless `data` holds tokens.
+        bos: whether windows begin with BOS; None = if the tokenizer has one.
+        resume: go on with a run of the same fingerprint that was interrupted.
+        reporter: shown the progress.
+        policy: where activations may lie.
+
+    Raises:
+        MergeQuantError: see `mergequant.errors`; nothing half-written is left looking whole.
+    """
+    reporter = reporter or Silent()
+    chosen = _recipe(recipe, settings)
+    started = time.perf_counter()
+    reporter.phase("opening the model")
+    shell = ModelShell.open(model, device=device)
+    structures = shell.structures
+    _check_sites(chosen, structures, shell)
+    seqlen = _seqlen(seqlen, shell)
+    if samples < 1:
+        raise UsageError(f"--samples {samples}: calibration needs at least one window")
+    tokenizer = tokenizer or _tokenizer(shell)
+    reporter.phase("drawing calibration data")
+    windows, held_out = _draw(data, model, shell, tokenizer, samples, seqlen, seed, bos)
+    policy = policy or StorePolicy(torch.device(device))
+    reporter.phase("looking for the prefix" if chosen.prefix == "auto" else "preparing")
+    prefix = choose_prefix(chosen.prefix, shell, structures, windows.tokens, bos_of(tokenizer, windows), policy)
+    fingerprint = _fingerprint(shell, chosen, windows, held_out, seed)
+    temporary = TemporaryDirectory(prefix="mergequant-") if out is None else None
+    target = Path(out) if out is not None else Path(temporary.name) / "checkpoint"  # type: ignore[union-attr]
+
+    with CheckpointWriter(target, fingerprint, resume=resume) as writer:
+        if not writer.finished:
+            chunks = [*chunked(windows.tokens, "calibration"), *chunked(held_out.tokens, "held_out")]
+            chunks += chunked(held_out.tokens[:VERIFY_WINDOWS], "verify")
+            chain = Chain(shell, chunks, policy, prefix)
+            collected = _run_blocks(writer, chain, structures, chosen, seed, reporter)
+            expected = chain.logits(len(chunks) - 1)
+            tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
+            quantization = _describe(shell, chosen, windows, held_out, seed, fingerprint, collected)
+            if prefix is not None:
+                tail |= _prefix_tail(chain, collected)
+                quantization["prefix"] = _prefix_spec(chain, tail, prefix).to_dict()
+            quantization["figures"]["seconds"] = round(time.perf_counter() - started, 1)
+            chain.close()
+            config = {**shell.config.to_dict(), "quantization_config": quantization}
+            config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
+            files = tokenizer_files(tokenizer, shell, prefix)
+            card = model_card(target.name, Quantization.from_dict(quantization), base=_base_name(shell))
+            reporter.phase("writing")
+            writer.finish(tail=tail, config=config, files={**files, "README.md": card})
+            reporter.phase("verifying")
+            checkpoint = open_checkpoint(target)
+            own = Chain(shell, list(chunked(held_out.tokens[:VERIFY_WINDOWS], "verify")), policy, prefix)
+            verify_checkpoint(checkpoint, own, expected)
+            own.close()
+    checkpoint = open_checkpoint(target)
+    checkpoint.validate()
+    figures = {**checkpoint.quantization.figures, **count_bits(target)}
+    return Quantized(target, figures, temporary)
+
+
+def _run_blocks(
+    writer: CheckpointWriter,
+    chain: Chain,
+    structures: list[BlockStructure],
+    recipe: Recipe,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Quantize and write all blocks that are not written yet; run those that are."""
+    shell = chain.shell
+    layers: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    prefix_states: list[tuple[Tensor, Tensor]] = []
+    for index, name in enumerate(shell.block_names):
+        shell.load_block(index)
+        chain.begin_block()
+        if index < writer.done:
+            record = writer.block_record(index)
+            if chain.prefix is not None:
+                chain.prefix.keys, chain.prefix.values = (
+                    torch.tensor(record["prefix"][part], device=shell.device) for part in ("keys", "values")
+                )
+            restore_block(shell, index, record["layers"], writer.block_tensors(index))
+        else:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            context = BlockContext(chain, structures[index], generator)
+            quantize_block(context, recipe)
+            specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
+            record = {"layers": specs, "figures": context.figures}
+            if chain.prefix is not None:
+                # Kept in the record, since a step may have scaled them together with the value projection; a Python
+                # float holds a float32 exactly, and JSON writes it so that it reads back the same.
+                record["prefix"] = {"keys": chain.prefix.keys.tolist(), "values": chain.prefix.values.tolist()}
+            writer.write_block(index, block_tensors(name, shell.blocks[index], shell.stored_dtype), record)
+        if chain.prefix is not None:
+            prefix_states.append((chain.prefix.keys.float().cpu(), chain.prefix.values.float().cpu()))
+        layers |= record["layers"]
+        figures[name] = record["figures"]
+        chain.advance()
+        shell.release_block(index)
+        reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
+    return {"layers": layers, "sites": figures, "prefix": prefix_states}
+
+
+def _recipe(recipe: str | Recipe, settings: Mapping[str, Any] | None) -> Recipe:
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    return chosen.with_settings(settings) if settings else chosen
+
+
+def _seqlen(seqlen: int | None, shell: ModelShell) -> int:
+    chosen = min(DEFAULT_SEQLEN, shell.max_positions or DEFAULT_SEQLEN) if seqlen is None else seqlen
+    check_seqlen(chosen, shell.max_positions)
+    return chosen
+
+
+def _held_out(samples: int) -> int:
+    return max(math.ceil(samples / HELD_OUT_SHARE), VERIFY_WINDOWS)
+
+
+def _check_sites(recipe: Recipe, structures: list[BlockStructure], shell: ModelShell) -> None:
+    """Refuse, before anything is computed, a recipe that acts on no site of some block."""
+    for name, structure in zip(shell.block_names, structures):
+        kinds = {site.kind for site in structure.sites}
+        wanted = {kind for step in recipe.steps for kind in getattr(step, "sites", ())}
+        if wanted and not kinds & wanted:
+            raise StructureError(
+                f"{name}: recipe {recipe.name!r} acts on sites of kind {', '.join(sorted(wanted))}; this block has "
+                f"{', '.join(sorted(kinds)) or 'none'}. Choose a recipe for these (`mergequant recipes`)"
+            )
+
+
+def _tokenizer(shell: ModelShell) -> PreTrainedTokenizerBase:
+    if shell.folder is None:
+        raise UsageError("a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    try:
+        return AutoTokenizer.from_pretrained(shell.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{shell.folder}: no usable tokenizer ({error}); put the tokenizer's files there") from error
+
+
+def _draw(
+    data: DataLike,
+    model: str | Path | PreTrainedModel,
+    shell: ModelShell,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: bool | None,
+) -> tuple[Windows, Windows]:
+    """Calibration and held-out windows; the float model is loaded whole only if the data are sampled from it."""
+    spec = parse_data(data) if isinstance(data, str) else data
+    sampler: PreTrainedModel | None = None
+    if "self" in str(spec):
+        if isinstance(model, PreTrainedModel):
+            sampler = model
+        else:
+            sampler = AutoModelForCausalLM.from_pretrained(shell.folder, dtype=torch.float32, local_files_only=True)
+            sampler = sampler.to(shell.device).eval()
+    return draw_splits(
+        spec, tokenizer, samples=samples, held_out=_held_out(samples), seqlen=seqlen, seed=seed,
+        bos="auto" if bos is None else bos, model=sampler,
+    )
+
+
+def _fingerprint(shell: ModelShell, recipe: Recipe, windows: Windows, held_out: Windows, seed: int) -> str:
+    """What a run is made of: the same fingerprint gives the same checkpoint."""
+    parts = {
+        "model": shell.source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": windows.fingerprint,
+        "held_out": held_out.fingerprint,
+        "seed": seed,
+        "device": shell.device.type,
+        "code": _code_digest(),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_digest() -> str:
+    root = Path(mergequant.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _describe(
+    shell: ModelShell,
+    recipe: Recipe,
+    windows: Windows,
+    held_out: Windows,
+    seed: int,
+    fingerprint: str,
+    collected: dict[str, Any],
+) -> dict[str, Any]:
+    """The checkpoint's `quantization_config`."""
+    planned = make_plan(shell, shell.structures, recipe, len(windows), windows.seqlen)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_dict(),
+        "layers": collected["layers"],
+        "provenance": {
+            "fingerprint": fingerprint,
+            "base_model": _base_name(shell),
+            "seed": seed,
+            "calibration": windows.provenance(),
+            "held_out": held_out.provenance(),
+            "calibration_sketch": sketch_to_json(sketch(windows.tokens)),
+            "held_out_sketch": sketch_to_json(sketch(held_out.tokens)),
+            "device": shell.device.type,
+            "versions": {
+                "mergequant": mergequant.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        "figures": {
+            "parameters": planned.parameters,
+            "linear_parameters": planned.linear_parameters,
+            "kept_float": planned.kept,
+            "sites": collected["sites"],
+        },
+    }
+
+
+def _base_name(shell: ModelShell) -> str:
+    return shell.folder.resolve().name if shell.folder is not None else type(shell.model).__name__
+
+
+def _prefix_tail(chain: Chain, collected: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the prefix, in the decoder that owns the blocks."""
+    owner = chain.shell.block_names[0].rpartition(".")[0].rpartition(".")[0]
+    name = f"{owner}.{PREFIX_MODULE}" if owner else PREFIX_MODULE
+    return {
+        f"{name}.keys": torch.cat([keys for keys, _ in collected["prefix"]]).contiguous(),
+        f"{name}.values": torch.cat([values for _, values in collected["prefix"]]).contiguous(),
+        f"{name}.hidden": chain.prefix_output().float().cpu().contiguous(),
+    }
+
+
+def _prefix_spec(chain: Chain, tail: Mapping[str, Tensor], prefix: tuple[list[int], bool]) -> PrefixSpec:
+    keys, values, hidden = (
+        next(tensor for name, tensor in tail.items() if name.endswith(f"{PREFIX_MODULE}.{part}"))
+        for part in ("keys", "values", "hidden")
+    )
+    layers, heads = keys.shape[:2]
+    return PrefixSpec(
+        tuple(prefix[0]), prefix[1], layers, heads, keys.shape[3], values.shape[3], hidden.shape[1]
+    )
+
+
+def _mean_figures(sites: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    errors = [figures["output_error"] for figures in sites.values() if "output_error" in figures]
+    return {"output_error": sum(errors) / len(errors)} if errors else {}

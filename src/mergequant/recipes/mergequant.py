@@ -1,0 +1,183 @@
+"""MergeQuant: static per-channel W4A4 whose quantization steps cost nothing at run time.
+
+"MergeQuant: Accurate 4-bit Static Quantization of Large Language Models by Channel-wise Calibration", arXiv 2503.07654.
+The body of the paper was not available to this project; what the abstract leaves open is a parameter here, and
+`docs/results.md` has a row for each.
+
+Norm -> linear sites: ranges per channel; strong channels split; ranges clipped by the joint loss; the step migrates into
+the norm's multiplier and the weights' columns; weak channels dropped (or the width padded); least squares; GPTQ on the
+codes. Inputs of o_proj and down_proj, which no norm makes, are a parameter of their own (`other`).
+"""
+
+from typing import Literal
+
+from mergequant.errors import RecipeError
+from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
+from mergequant.steps import (
+    Clip,
+    Compensate,
+    Prune,
+    Ranges,
+    Rotate,
+    Round,
+    Split,
+    Step,
+    TensorInput,
+    TokenInput,
+)
+from mergequant.models.roles import SiteKind
+
+__all__ = ["mergequant", "mergequant_plus", "mergequant_w4a8"]
+
+PAPER = "MergeQuant, arXiv 2503.07654"
+EXPECTED = (
+    Figure("zero-shot average below FP16, points", 1.3, "Llama-2-70B, static W4A4", "abstract"),
+    Figure("prefill speed-up over FP16", 2.72, "Llama-2-7B, RTX 3090", "abstract"),
+    Figure("decode speed-up over FP16", 1.77, "Llama-2-7B, RTX 3090", "abstract"),
+    Figure("end-to-end speed-up over FP16", 2.06, "Llama-2-7B, RTX 3090", "abstract"),
+)
+Width = Literal["prune", "pad", "keep"]
+Clipping = Literal["joint", "activation", "none"]
+Compensation = Literal["least_squares", "low_rank", "none"]
+Rounding = Literal["gptq", "rtn"]
+Other = Literal["dynamic", "static", "hadamard", "hadamard-static"]
+
+NORM: tuple[SiteKind, ...] = ("norm",)
+OTHER: tuple[SiteKind, ...] = ("attention_output", "mlp_output")
+AUTO_BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1)
+
+
+@register_recipe("mergequant", paper=PAPER, expected=EXPECTED)
+def mergequant(
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    quantile: float = 1.0,
+    split: float | Literal["auto"] = 0.05,
+    strength: Literal["step", "column"] = "step",
+    stagger: bool = False,
+    width: Width = "prune",
+    tile: int = 64,
+    clip: Clipping = "joint",
+    compensation: Compensation = "least_squares",
+    ridge: float = 0.1,
+    rounding: Rounding = "gptq",
+    other: Other = "dynamic",
+    other_bits: int = 4,
+    other_split: float = 0.0,
+    prefix: str | tuple[int, ...] = "none",
+    allow_no_prefix: bool = False,
+) -> tuple[tuple[Step, ...], PrefixChoice]:
+    """The paper's method, every ingredient a switch.
+
+    weight_bits, activation_bits: codes of weights and of norm outputs (4 or 8; 8 costs nothing extra on GPUs without
+        int4 tensor cores).
+    quantile: 1 = ranges are the largest magnitudes; below 1 = that quantile.
+    split: share of extra slots for strong channels; 0 = none; auto = chosen per site on held-out tokens.
+    strength: what splitting evens out: the step, or the folded weight column.
+    stagger: copies of a channel round at different phases (our extension).
+    width: prune weak channels back to the old width, pad to a multiple of `tile` extra slots, or keep all slots.
+    clip: joint = clip ratios accepted by the output error with quantized weights; activation; none.
+    compensation: least_squares (closed form), low_rank (trained against the block's float output), none; `ridge` is the
+        least squares' pull towards the uncorrected weight.
+    rounding: gptq or rtn.
+    other: inputs of o_proj and down_proj: dynamic (a scale per token with a static clip ratio), static (steps migrate
+        into v_proj and up_proj), hadamard (online rotation, dynamic), hadamard-static (online rotation, one static
+        step). `other_bits` and `other_split` as at the norms.
+    prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
+        every cache. Static inputs at o_proj and down_proj need one: massive activations would stretch their step.
+    allow_no_prefix: run without a prefix all the same, to measure what it brings.
+    """
+    if other in ("static", "hadamard-static") and prefix == "none" and not allow_no_prefix:
+        raise RecipeError(
+            f"recipe with other={other!r} needs a prefix: massive activations of the first token would stretch every "
+            "static step. Set prefix=bos (or auto, for a model without BOS), or other=dynamic; allow_no_prefix=true "
+            "measures the loss"
+        )
+    budgets = AUTO_BUDGETS if split == "auto" else (float(split),)
+    pads = tile if width == "pad" else 0
+    prunes = width == "prune"
+    steps: list[Step] = [Ranges(NORM, activation_bits, quantile)]
+    if budgets != (0.0,):
+        steps.append(Split(NORM, budgets, pads, strength, stagger, prunes, weight_bits))
+    if clip != "none":
+        steps.append(Clip(NORM, clip, rounding=rounding, weight_bits=weight_bits))
+    if prunes and budgets != (0.0,):
+        steps.append(Prune(NORM))
+    steps += _other_inputs(other, other_bits, other_split, stagger, clip, rounding, weight_bits)
+    if compensation == "least_squares":
+        steps.append(Compensate(NORM, ridge))
+    if compensation == "low_rank":
+        raise RecipeError('x')
+    steps.append(Round(method=rounding, bits=weight_bits))
+    return tuple(steps), prefix
+
+
+@register_recipe("mergequant-plus", paper=f"{PAPER}, with this project's extensions")
+def mergequant_plus(
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    quantile: float = 1.0,
+    split: float | Literal["auto"] = 0.05,
+    strength: Literal["step", "column"] = "column",
+    stagger: bool = True,
+    width: Width = "pad",
+    tile: int = 64,
+    clip: Clipping = "joint",
+    compensation: Compensation = "least_squares",
+    ridge: float = 0.1,
+    rounding: Rounding = "gptq",
+    other: Other = "hadamard-static",
+    other_bits: int = 4,
+    other_split: float = 0.0,
+    prefix: str | tuple[int, ...] = "bos",
+    allow_no_prefix: bool = False,
+) -> tuple[tuple[Step, ...], PrefixChoice]:
+    """Fully static W4A4: MergeQuant with staggered copies, padding, online Hadamard with static steps, and a prefix.
+
+    Parameters as in `mergequant`. With `other=static other_bits=8` no Hadamard and no dynamic op is left.
+    """
+    return mergequant(**locals())
+
+
+@register_recipe("mergequant-w4a8", paper=f"{PAPER}, with this project's extensions, 8-bit activations")
+def mergequant_w4a8(
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    quantile: float = 1.0,
+    split: float | Literal["auto"] = 0.05,
+    strength: Literal["step", "column"] = "column",
+    stagger: bool = True,
+    width: Width = "pad",
+    tile: int = 64,
+    clip: Clipping = "joint",
+    compensation: Compensation = "none",
+    ridge: float = 0.1,
+    rounding: Rounding = "gptq",
+    other: Other = "hadamard-static",
+    other_bits: int = 8,
+    other_split: float = 0.0,
+    prefix: str | tuple[int, ...] = "bos",
+    allow_no_prefix: bool = False,
+) -> tuple[tuple[Step, ...], PrefixChoice]:
+    """Fully static W4A8, the quality default. Parameters as in `mergequant`."""
+    return mergequant(**locals())
+
+
+def _other_inputs(
+    other: Other, bits: int, split: float, stagger: bool, clip: Clipping, rounding: Rounding, weight_bits: int
+) -> list[Step]:
+    if other == "dynamic":
+        return [TokenInput(OTHER, bits)]
+    if other == "hadamard":
+        return [Rotate(OTHER), TokenInput(OTHER, bits)]
+    if other == "hadamard-static":
+        return [Rotate(OTHER), TensorInput(OTHER, bits)]
+    steps: list[Step] = [Ranges(OTHER, bits)]
+    if split > 0:
+        steps.append(Split(OTHER, (split,), stagger=stagger, weight_bits=weight_bits))
+    if clip != "none":
+        steps.append(Clip(OTHER, clip, rounding=rounding, weight_bits=weight_bits))
+    return steps

@@ -1,0 +1,234 @@
+"""Recipes: a paper as an ordered list of steps with explicit parameters, and the register that knows them by name."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mergequant.errors import RecipeError
+from mergequant.steps import Step, near_name, step_from_dict
+
+__all__ = ["Figure", "PrefixChoice", "Recipe", "Recipes", "get_recipe", "list_recipes", "load_recipe", "register_recipe"]
+
+PrefixChoice = str | tuple[int, ...]
+"""'none', 'bos', 'auto' (outlier tokens are searched), or explicit token ids."""
+
+PREFIX_WORDS = ("none", "bos", "auto")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that a paper reports: what, its value, in which setting, and where it stands."""
+
+    metric: str
+    value: float
+    setting: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of steps, and what surrounds them.
+
+    Attributes:
+        name: registered name, or the name a YAML file gives itself.
+        paper: what it implements.
+        steps: the passes, in order.
+        prefix: tokens whose keys and values every cache starts with.
+        parameters: the flat parameters that the steps were made from; empty for recipes written as steps.
+        expected: figures of the paper, with their settings.
+    """
+
+    name: str
+    paper: str
+    steps: tuple[Step, ...]
+    prefix: PrefixChoice = "none"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    expected: tuple[Figure, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise RecipeError(f"recipe {self.name!r} has no steps")
+        if isinstance(self.prefix, str) and self.prefix not in PREFIX_WORDS:
+            raise RecipeError(f"recipe {self.name!r}: prefix {self.prefix!r}{near_name(self.prefix, PREFIX_WORDS)}")
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Recipe":
+        """The recipe with other parameters ("split": 0) or step parameters ("clip.mode": "none").
+
+        Raises:
+            RecipeError: an unknown key, with the nearest known one, or a value that does not fit.
+        """
+        flat = {key: value for key, value in settings.items() if "." not in key}
+        recipe = self
+        if flat:
+            if not self.parameters:
+                key = next(iter(flat))
+                raise RecipeError(f"recipe {self.name!r} is written as steps; address one as step.{key}=value")
+            recipe = get_recipe(self.name, **{**self.parameters, **flat})
+        for key, value in settings.items():
+            if "." in key:
+                recipe = recipe._with_step_setting(key, value)
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, whole."""
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "prefix": list(self.prefix) if isinstance(self.prefix, tuple) else self.prefix,
+            "parameters": {key: list(v) if isinstance(v, tuple) else v for key, v in self.parameters.items()},
+            "steps": [step.to_dict() for step in self.steps],
+            "expected": [vars(figure) for figure in self.expected],
+        }
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, readable by `from_yaml`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> "Recipe":
+        """Build from a mapping: {"recipe": registered name, parameters...}, or a whole recipe with "steps".
+
+        Raises:
+            RecipeError: naming `where`, the key, and the nearest known one.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where}: a recipe is a mapping, found {type(data).__name__}")
+        if "recipe" in data:
+            settings = {key: value for key, value in data.items() if key != "recipe"}
+            return get_recipe(str(data["recipe"])).with_settings(settings)
+        known = ("name", "paper", "prefix", "parameters", "steps", "expected")
+        for key in data:
+            if key not in known:
+                raise RecipeError(f"{where}: unknown key {key!r}{near_name(str(key), known)}")
+        if not isinstance(data.get("steps"), list):
+            raise RecipeError(f"{where}: give 'recipe: NAME' with parameters, or a list 'steps'")
+        prefix = data.get("prefix", "none")
+        return cls(
+            str(data.get("name", "custom")),
+            str(data.get("paper", "")),
+            tuple(step_from_dict(step, f"{where}, step {number}") for number, step in enumerate(data["steps"], 1)),
+            tuple(prefix) if isinstance(prefix, list) else prefix,
+            {key: tuple(v) if isinstance(v, list) else v for key, v in (data.get("parameters") or {}).items()},
+            tuple(Figure(**figure) for figure in data.get("expected") or ()),
+        )
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> "Recipe":
+        """Build from YAML text. Raises RecipeError."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where}: not YAML: {error}") from error
+        return cls.from_dict(data, where)
+
+    def _with_step_setting(self, key: str, value: Any) -> "Recipe":
+        step_name, _, parameter = key.partition(".")
+        names = [step.name for step in self.steps]
+        if step_name not in names:
+            raise RecipeError(f"recipe {self.name!r} has no step {step_name!r}{near_name(step_name, names)}")
+        steps = [
+            step_from_dict({**step.to_dict(), parameter: value}, f"setting {key}") if step.name == step_name else step
+            for step in self.steps
+        ]
+        return Recipe(self.name, self.paper, tuple(steps), self.prefix, self.parameters, self.expected)
+
+
+Builder = Callable[..., tuple[tuple[Step, ...], PrefixChoice]]
+
+
+@dataclass(frozen=True)
+class _Registered:
+    builder: Builder
+    paper: str
+    expected: tuple[Figure, ...]
+
+
+Recipes: dict[str, _Registered] = {}
+
+
+def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ()) -> Callable[[Builder], Builder]:
+    """Decorator: make a function of keyword parameters with defaults known as a recipe.
+
+    The function returns the steps and the prefix choice. Its docstring describes the recipe and its parameters.
+
+    Raises:
+        RecipeError: the name is taken by another function.
+    """
+
+    def register(builder: Builder) -> Builder:
+        taken = Recipes.get(name)
+        if taken is not None and taken.builder.__qualname__ != builder.__qualname__:
+            raise RecipeError(
+                f"recipe name {name!r} is taken by {taken.builder.__module__}.{taken.builder.__qualname__}; "
+                f"{builder.__module__}.{builder.__qualname__} needs another"
+            )
+        Recipes[name] = _Registered(builder, paper, expected)
+        return builder
+
+    return register
+
+
+def list_recipes() -> list[str]:
+    """Names of all registered recipes, sorted."""
+    return sorted(Recipes)
+
+
+def get_recipe(name: str, **parameters: Any) -> Recipe:
+    """A registered recipe, with some parameters changed.
+
+    Raises:
+        RecipeError: an unknown name or parameter (with the nearest known one), or a value of the wrong kind.
+    """
+    if name not in Recipes:
+        raise RecipeError(f"unknown recipe {name!r}{near_name(name, Recipes)}")
+    entry = Recipes[name]
+    signature = inspect.signature(entry.builder)
+    hints = get_type_hints(entry.builder)
+    values = {key: parameter.default for key, parameter in signature.parameters.items()}
+    for key, value in parameters.items():
+        if key not in values:
+            raise RecipeError(f"recipe {name!r} has no parameter {key!r}{near_name(key, values)}")
+        values[key] = _fitting(value, hints[key], f"recipe {name!r}, {key}")
+    steps, prefix = entry.builder(**values)
+    return Recipe(name, entry.paper, steps, prefix, values, entry.expected)
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A registered recipe by name, or one from a YAML file.
+
+    Raises:
+        RecipeError: neither a known name nor a readable file.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {name_or_path}: {error}") from error
+        return Recipe.from_yaml(text, str(path))
+    return get_recipe(name_or_path)
+
+
+def _fitting(value: Any, hint: Any, where: str) -> Any:
+    """The value as the type that a builder's parameter asks for, or RecipeError."""
+    if isinstance(value, list):
+        value = tuple(value)
+    options = get_args(hint) if get_origin(hint) not in (Literal, tuple) and get_args(hint) else (hint,)
+    for option in options:
+        if get_origin(option) is Literal:
+            if value in get_args(option) and type(value) in {type(item) for item in get_args(option)}:
+                return value
+        elif get_origin(option) is tuple:
+            if isinstance(value, tuple) and all(type(item) is get_args(option)[0] for item in value):
+                return value
+        elif option is float and type(value) in (int, float):
+            return float(value)
+        elif type(value) is option:
+            return value
+    words = [repr(item) for option in options if get_origin(option) is Literal for item in get_args(option)]
+    kinds = [getattr(option, "__name__", str(option)) for option in options if get_origin(option) is not Literal]
+    raise RecipeError(f"{where}: {value!r} does not fit; allowed: {', '.join(words + kinds)}")

@@ -1,0 +1,100 @@
+"""RTN and GPTQ: a float weight becomes codes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergequant.errors import UsageError
+from mergequant.grids import QTensor, Quantizer
+from mergequant.solvers.sweep import InverseFactor, invert_hessian, sweep
+
+__all__ = ["Solution", "gptq", "output_error", "rtn"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized weight and what it took.
+
+    Attributes:
+        quantized: codes and scales.
+        damping: final damping of the Hessian; 0 for RTN.
+        attempts: Cholesky factorizations; more than one means that the damping had to be raised.
+    """
+
+    quantized: QTensor
+    damping: float = 0.0
+    attempts: int = 0
+
+
+def rtn(weight: Tensor, quantizer: Quantizer) -> Solution:
+    """Round every weight to the nearest code. weight (outputs, width)."""
+    return Solution(quantizer.encode(weight.float()))
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor | InverseFactor,
+    quantizer: Quantizer,
+    *,
+    damping: float = 0.01,
+    activation_order: bool = True,
+    static_groups: bool = True,
+    block: int = 128,
+) -> Solution:
+    """GPTQ: round column by column with error feedback (arXiv 2210.17323).
+
+    Args:
+        weight: float (outputs, width).
+        hessian: raw sum of x x^T over calibration inputs (width, width), or its factored inverse, which the layers of
+            a site share.
+        quantizer: integer grid, scales per row or group, and how ranges are found.
+        damping: share of the mean diagonal added to the Hessian; raised until Cholesky succeeds.
+        activation_order: quantize columns by falling diagonal.
+        static_groups: with groups, find all scales beforehand from the original weights, so that any order leaves
+            groups of neighbours. False: scales from compensated weights; needs the natural order.
+        block: columns updated together.
+
+    Raises:
+        UsageError: dynamic groups together with activation order, or a group size that does not divide the width.
+        NumericsError: the Hessian cannot be factored.
+    """
+    weight = weight.float()
+    if isinstance(hessian, InverseFactor):
+        inverse = hessian
+    else:
+        inverse = invert_hessian(hessian, damping=damping, activation_order=activation_order)
+    natural = bool(torch.equal(inverse.order, torch.arange(weight.shape[1], device=inverse.order.device)))
+    dynamic_groups = quantizer.group_size is not None and not static_groups
+    if dynamic_groups and not natural:
+        raise UsageError("groups that follow the compensated weights need activation_order=False (or static_groups=True)")
+    quantizer.groups(weight.shape[1])
+    alive = torch.where(inverse.dead, torch.zeros_like(weight), weight)
+    scale = quantizer.find_scale(alive)  # (outputs, groups)
+    group_of = torch.arange(weight.shape[1]) // (quantizer.group_size or weight.shape[1])
+    groups = group_of.tolist()
+    codes = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
+
+    def quantize_column(column: int, values: Tensor) -> Tensor:
+        column_scale = scale[:, groups[column]]
+        code = quantizer.grid.nearest(values / column_scale)
+        codes[column] = code.to(torch.int8)
+        return code * column_scale
+
+    def begin_group(position: int, values: Tensor) -> None:
+        one_group = Quantizer(quantizer.grid, None, quantizer.range)
+        scale[:, groups[position]] = one_group.find_scale(values)[:, 0]
+
+    if dynamic_groups:
+        size = quantizer.group_size or weight.shape[1]
+        block = size * max(block // size, 1)
+        sweep(alive, inverse, quantize_column, begin_group=begin_group, group_size=size, block=block)
+    else:
+        sweep(alive, inverse, quantize_column, block=block)
+    return Solution(QTensor(codes.t().contiguous(), scale, quantizer.grid), inverse.damping, inverse.attempts)
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T): summed squared output error of a weight difference D (outputs, width) on the Hessian's tokens."""
+    difference = difference.to(hessian.dtype)
+    return float(((difference @ hessian) * difference).sum())

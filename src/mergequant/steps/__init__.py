@@ -1,0 +1,27 @@
+"""Steps: the passes that recipes are made of."""
+
+from mergequant.steps.base import ALL_SITES, BlockStep, SiteStep, Step, near_name, step_from_dict
+from mergequant.steps.channel import Clip, Prune, Ranges, Split
+from mergequant.steps.compensate import Compensate
+from mergequant.steps.judge import Judge
+from mergequant.steps.rounding import Round
+from mergequant.steps.whole import Rotate, TensorInput, TokenInput
+
+__all__ = [
+    "ALL_SITES",
+    "BlockStep",
+    "Clip",
+    "Compensate",
+    "Judge",
+    "Prune",
+    "Ranges",
+    "Rotate",
+    "Round",
+    "SiteStep",
+    "Split",
+    "Step",
+    "TensorInput",
+    "TokenInput",
+    "near_name",
+    "step_from_dict",
+]

@@ -1,0 +1,179 @@
+"""The last step of a site: weights become codes, and the float modules are replaced by quantized ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mergequant.calibration import SiteContext
+from mergequant.errors import RecipeError
+from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, Quantizer, pack_codes
+from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
+from mergequant.solvers import Solution, gptq, invert_hessian, output_error, rtn
+from mergequant.steps.base import SiteStep
+from mergequant.steps.judge import RoundingName
+from mergequant.transforms import ChannelScheme, FloatScheme, TensorScheme, TokenScheme
+
+__all__ = ["Round"]
+
+
+@dataclass(frozen=True)
+class Round(SiteStep):
+    """Round the (folded, compensated) weights of a site and put quantized modules in place.
+
+    GPTQ's Hessian is that of the codes themselves in their reconstructed order (digest, step 7), shared by all
+    consumers of the site.
+
+    Attributes:
+        method: "gptq" or "rtn".
+        bits: bits of the weight codes.
+        group_size: columns per weight scale; 0 = a scale per row. Only for float inputs.
+        clip: search the range of each row (exponent `clip_norm`); else absmax.
+        damping, activation_order: as in GPTQ.
+    """
+
+    name: ClassVar[str] = "round"
+    method: RoundingName = "gptq"
+    bits: int = 4
+    group_size: int = 0
+    clip: bool = True
+    clip_norm: float = 2.4
+    damping: float = 0.01
+    activation_order: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "rtn"):
+            raise RecipeError(f"round: method {self.method!r} is not 'gptq' or 'rtn'")
+
+    def run(self, context: SiteContext) -> None:
+        scheme = context.scheme
+        if self.group_size and not isinstance(scheme, FloatScheme):
+            raise RecipeError(
+                f"{context.name}: groups of {self.group_size} along the reduction axis would break the single integer "
+                "GEMM; use group_size=0, or leave the input in floating point"
+            )
+        if context.targets is None:
+            context.targets = {name: scheme.fold(weight) for name, weight in context.weights.items()}
+        # |e|^2.4 by the cheaper |e|^2.5, which picks the same ranges in practice.
+        search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
+        quantizer = Quantizer(IntegerGrid(self.bits), self.group_size or None, search)
+        gram = context.gram().total
+        inverse = None
+        if self.method == "gptq":
+            inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
+            context.report(damping=inverse.damping, cholesky_attempts=float(inverse.attempts))
+        error = reference = 0.0
+        for name, target in context.targets.items():
+            solution = rtn(target, quantizer) if inverse is None else gptq(target, inverse, quantizer)
+            context.solutions[name] = solution
+            error += output_error(solution.quantized.decode() - target, gram)
+            reference += output_error(target, gram)
+        context.report(weight_error=error / max(reference, 1e-30))
+        context.report(output_error=held_out_error(context))
+        replace_modules(context, self.bits, self.group_size)
+
+
+def held_out_error(context: SiteContext, tokens: int = 2048) -> float:
+    """||values(X) Q^T - X W^T||^2 / ||X W^T||^2 on held-out tokens, all consumers together."""
+    sample = context.sample("held_out", tokens)
+    values = context.scheme.values(sample)
+    error = reference = 0.0
+    for name, weight in context.weights.items():
+        target = sample @ weight.t()
+        error += float((values @ context.solutions[name].quantized.decode().t() - target).square().sum())
+        reference += float(target.square().sum())
+    return error / max(reference, 1e-30)
+
+
+def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
+    """Build the site's quantized modules from scheme and solutions, put them in place, move steps where they belong."""
+    scheme = context.scheme
+    block, site = context.block, context.site
+    absorbed = isinstance(scheme, ChannelScheme) and _migrate(context, scheme)
+    spec, buffers = _input_spec(context, absorbed)
+    for name, solution in context.solutions.items():
+        old = block.module.get_submodule(name)
+        block.replace(name, _quant_linear(spec, buffers, solution, old, bits, group_size).to(block.device))
+    if isinstance(scheme, ChannelScheme) and site.norm is not None:
+        block.replace(site.norm.name, _quant_norm(context, scheme).to(block.device))
+
+
+def _migrate(context: SiteContext, scheme: ChannelScheme) -> bool:
+    """Let a linear producer absorb 1 / step; True if it did. (A norm absorbs it in `_quant_norm`.)"""
+    producer = context.site.producer
+    if context.site.norm is not None or producer is None:
+        return False
+    channel = torch.tensor(producer.channel, device=scheme.step.device)
+    step = torch.zeros(producer.rows.stop - producer.rows.start, device=scheme.step.device)
+    step[channel] = scheme.step  # the channels of one row have one step: `tie_channels`
+    factor = torch.where(step > 0, 1 / step, torch.zeros_like(step))
+    context.block.absorb(producer, factor)
+    if context.site.kind == "attention_output":
+        context.block.absorb_in_prefix(factor)
+    return True
+
+
+def _input_spec(context: SiteContext, absorbed: bool) -> tuple[InputSpec, dict[str, Tensor]]:
+    scheme, width = context.scheme, context.site.width
+    if isinstance(scheme, FloatScheme):
+        return InputSpec("float", width, width, rotation=context.rotation), {}
+    if isinstance(scheme, TokenScheme):
+        spec = InputSpec("dynamic", width, width, scheme.bits, context.rotation, clip_ratio=scheme.clip_ratio)
+        return spec, {}
+    if isinstance(scheme, TensorScheme):
+        spec = InputSpec("static", width, width, scheme.bits, context.rotation)
+        return spec, {"multiplier": torch.tensor([1 / scheme.step])}
+    if context.site.norm is not None:
+        return InputSpec("codes", scheme.width, scheme.width, scheme.bits), {}
+    buffers = {}
+    if not absorbed:
+        buffers["multiplier"] = scheme.multiplier
+    if not scheme.is_plain:
+        buffers["index"] = scheme.index.to(torch.int32)
+    if bool(scheme.offset.any()):
+        buffers["shift"] = scheme.offset
+    spec = InputSpec(
+        "static", width, scheme.width, scheme.bits, context.rotation,
+        per_channel=not absorbed, gathers="index" in buffers, shifts="shift" in buffers,
+    )
+    return spec, buffers
+
+
+def _quant_linear(
+    spec: InputSpec, buffers: dict[str, Tensor], solution: Solution, old: nn.Module, bits: int, group_size: int
+) -> QuantLinear:
+    quantized = solution.quantized
+    bias: Tensor | None = old.bias
+    module = QuantLinear(LinearSpec(quantized.codes.shape[0], spec, bits, group_size, bias is not None))
+    module.out_dtype = old.weight.dtype
+    module.weight_codes.copy_(pack_codes(quantized.codes, bits))
+    module.weight_scale.copy_(quantized.scale if group_size else quantized.scale[:, 0])
+    if bias is not None and module.bias is not None:
+        module.bias.copy_(bias.detach())
+    if module.input_quantizer is not None:
+        module.input_quantizer.out_dtype = old.weight.dtype
+        for name, value in buffers.items():
+            getattr(module.input_quantizer, name).copy_(value)
+    return module
+
+
+def _quant_norm(context: SiteContext, scheme: ChannelScheme) -> QuantNorm:
+    role = context.site.norm
+    if role is None:
+        raise RecipeError(f"{context.name}: only a norm site has a norm to replace")
+    old = context.block.module.get_submodule(role.name)
+    multiplier = role.gain(old).float()[scheme.index] * scheme.multiplier
+    shift = scheme.offset.clone()
+    bias = role.bias(old)
+    if bias is not None:
+        shift += bias.float()[scheme.index] * scheme.multiplier
+    gathers, shifts = not scheme.is_plain, bool(shift.any())
+    spec = NormSpec(role.kind, role.width, scheme.width, scheme.bits, role.eps, gathers, shifts)
+    module = QuantNorm(spec)
+    module.multiplier.copy_(multiplier)
+    if gathers and module.index is not None:
+        module.index.copy_(scheme.index)
+    if shifts and module.shift is not None:
+        module.shift.copy_(shift)
+    return module
