@@ -14,7 +14,7 @@ def test_size_when_float32_folder_is_32_bits_and_counts_tied_once(folder: Path, 
     assert size.bits_per_parameter == 32
     assert size.linear_bits_per_parameter == 32
     assert size.parameters == sum(p.numel() for p in model.parameters())
-    assert size.block_parameters == sum(p.numel() for p in model.model.layers.parameters())
+    assert size.linear_parameters == sum(p.numel() for p in model.model.layers.parameters())
     assert memory_size(model, model.config) == size
 
 
@@ -35,7 +35,7 @@ def test_size_when_sharded_and_mixed_counts_every_byte_of_the_index_only(
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {' + index + "}}")
     size = folder_size(tmp_path, model.config)
     assert size.bytes == 2 * size.parameters + 6
-    assert size.block_bytes == 2 * size.block_parameters + 6
+    assert size.linear_bytes == 2 * size.linear_parameters + 6
 
 
 def test_size_when_header_is_corrupt_or_missing_raises(folder: Path, model: Any, tmp_path: Path) -> None:

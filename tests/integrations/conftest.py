@@ -160,7 +160,9 @@ def _quantize(model: PreTrainedModel, family: str) -> dict[str, dict[str, Any]]:
                 quantized.input_quantizer.multiplier = 1 / step.reshape(1)
             _set(block, name, quantized)
     return {
-        name: module.spec.to_dict() for name, module in model.named_modules() if isinstance(module, QuantNorm | QuantLinear)
+        name: module.spec.to_dict()
+        for name, module in model.named_modules()
+        if isinstance(module, QuantNorm | QuantLinear)
     }
 
 

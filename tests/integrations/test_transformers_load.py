@@ -26,7 +26,9 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_load_when_saved_by_writer_gives_equal_logits(family: str, saved: Callable[..., Any], ids: torch.Tensor) -> None:
+def test_load_when_saved_by_writer_gives_equal_logits(
+    family: str, saved: Callable[..., Any], ids: torch.Tensor
+) -> None:
     model, folder = saved(family)
     assert torch.equal(load(folder, dtype=torch.float32)(ids).logits, model(ids).logits)
 
@@ -46,7 +48,9 @@ def test_from_pretrained_when_registered_warns_of_nothing(family: str, saved: Ca
     register()
     messages: list[str] = []
     logger = logging.get_logger("transformers.modeling_utils")
-    handler = type("Keep", (__import__("logging").Handler,), {"emit": lambda _, record: messages.append(str(record.msg))})()
+    handler = type(
+        "Keep", (__import__("logging").Handler,), {"emit": lambda _, record: messages.append(str(record.msg))}
+    )()
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -129,12 +133,20 @@ def test_load_when_model_is_float_points_to_transformers(build: Callable[..., An
         load(tmp_path / "float")
 
 
-def test_from_pretrained_when_checkpoint_is_damaged_refuses(saved: Callable[..., Any]) -> None:
+def test_load_when_shard_is_truncated_refuses(saved: Callable[..., Any]) -> None:
     _, folder = saved("llama")
     shard = folder / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        load(folder)
+
+
+def test_from_pretrained_when_index_is_out_of_range_refuses(saved: Callable[..., Any], tmp_path: Path) -> None:
+    loaded = load(saved("llama")[1])
+    loaded.model.layers[1].input_layernorm.index[3] = 32
+    loaded.save_pretrained(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.input_layernorm\.index.*32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
 
 
 def test_load_when_config_names_unknown_layer_refuses(saved: Callable[..., Any]) -> None:

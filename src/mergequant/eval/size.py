@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from mergequant.checkpoint import count_bits
 from mergequant.errors import ModelError, WeightsError
 
 __all__ = ["Size", "folder_size", "memory_size"]
@@ -22,15 +23,17 @@ _MAX_HEADER = 100_000_000  # the limit that the safetensors format itself sets
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of all tensors and of those inside blocks, with the parameters of the float architecture they stand for.
+    """Bytes of a model and of its linear layers, with the parameters of the float architecture they stand for.
 
-    Tied weights count once. Scales, zero points, indices and norms count as bytes, never as parameters.
+    Tied weights count once. Scales, zero points and indices count as bytes, never as parameters. For a checkpoint of ours
+    linear means the quantized layers with all their overhead, file headers too (`checkpoint.count_bits`); for every other
+    model it means all tensors inside the blocks.
     """
 
     bytes: int
     parameters: int
-    block_bytes: int
-    block_parameters: int
+    linear_bytes: int
+    linear_parameters: int
 
     @property
     def bits_per_parameter(self) -> float:
@@ -39,19 +42,30 @@ class Size:
 
     @property
     def linear_bits_per_parameter(self) -> float | None:
-        """Stored bits per float parameter inside the blocks, all overhead counted; None for a model without blocks."""
-        return 8 * self.block_bytes / self.block_parameters if self.block_parameters else None
+        """Stored bits per float parameter of the linear layers, all overhead counted; None if there is none."""
+        return 8 * self.linear_bytes / self.linear_parameters if self.linear_parameters else None
 
 
 def folder_size(folder: Path, config: PretrainedConfig) -> Size:
     """Size of a model folder from the headers of its safetensors files; no tensor is read.
 
-    Raises `ModelError` for a folder without safetensors and `WeightsError` for a header that cannot be read.
+    Raises `ModelError` for a folder without safetensors, `WeightsError` for a header that cannot be read, and
+    `CheckpointError` for a quantized folder that breaks a rule of the format.
     """
+    if is_ours(config):
+        counted = count_bits(folder)
+        return Size(*(int(counted[key]) for key in ("bytes", "parameters", "linear_bytes", "linear_parameters")))
     sizes: dict[str, int] = {}
     for file in _weight_files(folder):
         sizes.update(_tensor_bytes(file))
     return _size(sizes.items(), config)
+
+
+def is_ours(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a checkpoint in this project's format."""
+    value = getattr(config, "quantization_config", None)
+    method = value.get("quant_method") if isinstance(value, Mapping) else getattr(value, "quant_method", None)
+    return method == "mergequant"
 
 
 def memory_size(model: torch.nn.Module, config: PretrainedConfig) -> Size:

@@ -35,7 +35,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.
         raise CheckpointError(
             f"{folder}: there is no such folder; {hint or 'pass the folder that `mergequant quantize` wrote'}"
         )
-    open_checkpoint(folder)
+    open_checkpoint(folder).names()  # reads the headers, before transformers meets a damaged one
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     return model.to(device).eval()
 

@@ -9,6 +9,7 @@ in the tensors and is masked out for good: the prefix stands for it.
 """
 
 import inspect
+import json
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -82,15 +83,28 @@ def set_bos_in_tokenizer(tokenizer: Any, bos_id: int) -> bool:
     if backend is None or (ids and ids[0] in special):
         why = "is not a fast tokenizer" if backend is None else f"starts texts with token {ids[0]}"
         raise InputError(f"the tokenizer {why}, the model needs token {bos_id} first; use a tokenizer that adds it")
-    from tokenizers.processors import Sequence, TemplateProcessing
+    from tokenizers import Tokenizer
 
-    token = tokenizer.convert_ids_to_tokens(bos_id)
-    template = TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, bos_id)]
-    )
-    old = backend.post_processor
-    backend.post_processor = template if old is None else Sequence([old, template])
+    whole = json.loads(backend.to_str())
+    whole["post_processor"] = _with_bos(whole["post_processor"], tokenizer.convert_ids_to_tokens(bos_id), bos_id)
+    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
     return True
+
+
+def _with_bos(processor: dict[str, Any] | None, token: str, bos_id: int) -> dict[str, Any]:
+    """A post-processor (as tokenizer.json holds it) that also puts BOS first; what it did before, it goes on doing."""
+    parts = (
+        processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
+    )
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    if template is None:
+        texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+        template = {"type": "TemplateProcessing", "single": texts[:1], "pair": texts, "special_tokens": {}}
+        parts = [*parts, template]
+    for form in ("single", "pair"):
+        template[form] = [{"SpecialToken": {"id": token, "type_id": 0}}, *template[form]]
+    template["special_tokens"][token] = {"id": token, "ids": [bos_id], "tokens": [token]}
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cache = DynamicCache(config=config) if given is None else given
     filled = int(cache.get_seq_length())
     call = _arguments(kwargs, store, filled)
+    _check_window(config, call, store)
     strip, shift = _strip(store), _shift(store)
     first = None
     if not filled:
@@ -238,6 +253,18 @@ def _with_stored(
     own = torch.where(ends[:, None], stored[-1], stored[0]).to(hidden)
     columns = torch.arange(call.length, device=hidden.device)
     return torch.where((columns == first[:, None])[..., None], own[:, None], hidden)
+
+
+def _check_window(config: Any, call: _Call, store: PrefixStore) -> None:
+    """Sliding windows count columns: padding between the prefix and a row's tokens would push the prefix out early."""
+    window = getattr(config, "sliding_window", None)
+    if not window or call.mask is None or call.mask.shape[1] + _shift(store) <= window:
+        return
+    if not call.mask[:, 0].all():
+        raise InputError(
+            f"the batch is padded on the left and longer than the model's sliding window of {window} tokens, over which "
+            "a stored prefix cannot be seen through the padding; run these prompts one at a time"
+        )
 
 
 def _check_room(cache: Any, needed: int) -> None:

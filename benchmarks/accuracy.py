@@ -1,0 +1,162 @@
+"""Accuracy of the recipes and of each ingredient, on a trained model, with several calibration seeds.
+
+    python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
+        [--suite main|ablations|all] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4] --out RESULTS.json
+
+Every run quantizes with 128 windows of 512 tokens, writes and verifies a checkpoint, loads it from disk and scores it
+on the first windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative
+log-likelihood over the float model in nats. RESULTS.json gains a row per run; runs that are there already are skipped.
+`benchmarks/render.py` makes the tables of docs/results.md from such files.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mergequant
+from mergequant.data import head_windows
+from mergequant.eval.perplexity import score
+
+PLUS = "mergequant-plus"
+MAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq W4A16": ("gptq", {}),
+    "gptq W4A4 per token": ("gptq", {"activation_bits": 4}),
+    "rtn W4A4 per token": ("rtn", {}),
+    "mergequant": ("mergequant", {}),
+    "mergequant-plus": (PLUS, {}),
+    "mergequant-plus, o/d int8 by QSM": (PLUS, {"other": "static", "other_bits": 8}),
+    "mergequant-w4a8": ("mergequant-w4a8", {}),
+}
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plus: no split": (PLUS, {"split": 0.0}),
+    "plus: split chosen per site": (PLUS, {"split": "auto"}),
+    "plus: pad 128": (PLUS, {"tile": 128}),
+    "plus: split evens steps": (PLUS, {"strength": "step"}),
+    "plus: prune instead of pad": (PLUS, {"width": "prune"}),
+    "plus: no clip": (PLUS, {"clip": "none"}),
+    "plus: clip by activation error": (PLUS, {"clip": "activation"}),
+    "plus: no stagger": (PLUS, {"stagger": False}),
+    "plus: RTN instead of GPTQ": (PLUS, {"rounding": "rtn"}),
+    "plus: no compensation": (PLUS, {"compensation": "none"}),
+    "plus: low-rank compensation": (PLUS, {"compensation": "low_rank"}),
+    "plus: no prefix": (PLUS, {"prefix": "none", "allow_no_prefix": True}),
+    "plus: o/d dynamic Hadamard, no prefix": (PLUS, {"other": "hadamard", "prefix": "none"}),
+    "plus: o/d dynamic": (PLUS, {"other": "dynamic"}),
+    "plus: o/d int4 by QSM": (PLUS, {"other": "static"}),
+    "mergequant: no split": ("mergequant", {"split": 0.0}),
+    "mergequant: no clip": ("mergequant", {"clip": "none"}),
+    "mergequant: no compensation": ("mergequant", {"compensation": "none"}),
+    "mergequant: low-rank compensation": ("mergequant", {"compensation": "low_rank"}),
+    "mergequant: RTN instead of GPTQ": ("mergequant", {"rounding": "rtn"}),
+    "mergequant: pad instead of prune": ("mergequant", {"width": "pad"}),
+    "w4a8: no split": ("mergequant-w4a8", {"split": 0.0}),
+    "w4a8: no prefix": ("mergequant-w4a8", {"prefix": "none", "allow_no_prefix": True}),
+    "w4a8: least squares": ("mergequant-w4a8", {"compensation": "least_squares"}),
+}
+SUITES = {"main": MAIN, "ablations": ABLATIONS, "all": {**MAIN, **ABLATIONS}}
+SAMPLES, SEQLEN = 128, 512
+
+
+def run_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Quantize, reload, score. Returns one row of the results."""
+    torch.set_num_threads(job["threads"])
+    torch.set_grad_enabled(False)
+    started = time.perf_counter()
+    row = {key: job[key] for key in ("model", "label", "recipe", "settings", "seed")}
+    with tempfile.TemporaryDirectory() as folder:
+        done = mergequant.quantize(
+            job["path"], job["recipe"], data=job["calibration"], out=Path(folder) / "q", samples=SAMPLES,
+            seqlen=SEQLEN, seed=job["seed"], settings=job["settings"], device=job["device"],
+        )
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        row["linear_bits_per_parameter"] = round(done.figures["linear_bits_per_parameter"], 4)
+        row["bits_per_parameter"] = round(done.figures["bits_per_parameter"], 4)
+        quantized = mergequant.load(done.folder, dtype=torch.float32, device=job["device"])
+    floating = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.float32).to(job["device"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["path"])
+    row["eval"] = {}
+    for text in job["eval"]:
+        windows = head_windows(text, tokenizer, samples=job["windows"], seqlen=SEQLEN)
+        scores = score(quantized, windows, against=floating)
+        assert scores.against is not None and scores.divergence is not None
+        row["eval"][Path(text).stem] = {
+            "d": scores.divergence.nll_increase,
+            "perplexity": scores.model.perplexity,
+            "float_perplexity": scores.against.perplexity,
+            "kl_mean": scores.divergence.kl_mean,
+            "top1_agreement": scores.divergence.top1_agreement,
+        }
+    return row
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where the runs were made."""
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "mergequant": mergequant.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, action="append")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--eval", required=True, action="append")
+    parser.add_argument("--suite", choices=list(SUITES), default="main")
+    parser.add_argument("--only", action="append", help="labels to run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", required=True, type=Path)
+    arguments = parser.parse_args()
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    done = {(row["model"], row["label"], row["seed"]) for row in known["rows"]}
+    known["protocol"] = {
+        "calibration": f"{SAMPLES} x {SEQLEN} tokens of {Path(arguments.calibration).name}",
+        "evaluation": f"first {arguments.windows} windows of {SEQLEN} tokens with BOS of each text",
+    }
+    known["machine"] = machine(arguments.device)
+    known["command"] = "python benchmarks/accuracy.py " + " ".join(
+        f"--{key} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
+        for key, value in vars(arguments).items()
+        if key in ("suite", "seeds", "windows", "device", "workers") and value is not None
+    )
+    jobs = [
+        {
+            "model": Path(path).name, "path": path, "label": label, "recipe": recipe, "settings": settings,
+            "seed": seed, "calibration": arguments.calibration, "eval": arguments.eval,
+            "windows": arguments.windows, "device": arguments.device,
+            "threads": max((os.cpu_count() or 1) // arguments.workers, 1),
+        }
+        for seed in range(arguments.seeds)
+        for path in arguments.model
+        for label, (recipe, settings) in SUITES[arguments.suite].items()
+        if (Path(path).name, label, seed) not in done and (not arguments.only or label in arguments.only)
+    ]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for row in pool.imap_unordered(run_one, jobs):
+            known["rows"].append(row)
+            arguments.out.write_text(json.dumps(known, indent=1) + "\n")
+            shown = "  ".join(f"{name} {value['d']:+.4f}" for name, value in row["eval"].items())
+            print(f"{row['model']:12} {row['label']:40} seed {row['seed']}  {shown}  {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
