@@ -46,12 +46,14 @@ def evaluate(
     task_samples: int | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Report:
     """Measure perplexity, size and speed of a model, and its distance to the float model.
 
     model, against: a folder or a loaded model; `against` is the float model, which is run in float32 when given as a
-        folder. A quantized folder is run as it is saved.
+        folder.
+    dtype: of a quantized folder's hidden states; None runs it as it is saved.
     data: as `--data`; the first `samples` windows of `seqlen` tokens from the start of the text (None: all). `self`
         samples them from `against` (or from `model` if that is the float one), with random numbers that calibration
         never uses.
@@ -84,10 +86,10 @@ def evaluate(
     overlap_checked = _refuse_overlap(windows, _quantization(configs[0]))
 
     if against is None:
-        scored = loaded_float if loaded_float is not None else _load(model, device)
+        scored = loaded_float if loaded_float is not None else _load(model, device, dtype)
         exact = None
     else:
-        scored = _load(model, device)
+        scored = _load(model, device, dtype)
         exact = loaded_float if loaded_float is not None else _load(against, device)
     scores = score(scored, windows, batch_size=batch_size, against=exact, device=device)
 
@@ -189,14 +191,14 @@ def _is_quantized(config: Any) -> bool:
     return bool(_quantization(config))
 
 
-def _load(model: ModelLike, device: torch.device | str | None) -> PreTrainedModel:
+def _load(model: ModelLike, device: torch.device | str | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
         return model
     folder = _need_folder(model)
     if _is_quantized(_config(model)):
         import mergequant  # here, because the public face itself exports `evaluate`
 
-        loaded = mergequant.load(folder)
+        loaded = mergequant.load(folder, dtype=dtype)
     else:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -25,9 +25,9 @@ _MAX_HEADER = 100_000_000  # the limit that the safetensors format itself sets
 class Size:
     """Bytes of a model and of its linear layers, with the parameters of the float architecture they stand for.
 
-    Tied weights count once. Scales, zero points and indices count as bytes, never as parameters. For a checkpoint of ours
-    linear means the quantized layers with all their overhead, file headers too (`checkpoint.count_bits`); for every other
-    model it means all tensors inside the blocks.
+    Tied weights count once. Scales, zero points and indices count as bytes, never as parameters. For a checkpoint of
+    ours linear means the quantized layers with all their overhead, file headers too (`checkpoint.count_bits`); for
+    every other model it means all tensors inside the blocks.
     """
 
     bytes: int

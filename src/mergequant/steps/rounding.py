@@ -10,7 +10,7 @@ from mergequant.calibration import SiteContext
 from mergequant.errors import RecipeError
 from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, Quantizer, pack_codes
 from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
-from mergequant.solvers import Solution, gptq, invert_hessian, output_error, rtn
+from mergequant.solvers import Solution, gptq, invert_hessian, rtn
 from mergequant.steps.base import SiteStep
 from mergequant.steps.judge import RoundingName
 from mergequant.transforms import ChannelScheme, FloatScheme, TensorScheme, TokenScheme
@@ -58,18 +58,13 @@ class Round(SiteStep):
         # |e|^2.4 by the cheaper |e|^2.5, which picks the same ranges in practice.
         search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
         quantizer = Quantizer(IntegerGrid(self.bits), self.group_size or None, search)
-        gram = context.gram().total
         inverse = None
         if self.method == "gptq":
+            gram = context.gram().total
             inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
             context.report(damping=inverse.damping, cholesky_attempts=float(inverse.attempts))
-        error = reference = 0.0
         for name, target in context.targets.items():
-            solution = rtn(target, quantizer) if inverse is None else gptq(target, inverse, quantizer)
-            context.solutions[name] = solution
-            error += output_error(solution.quantized.decode() - target, gram)
-            reference += output_error(target, gram)
-        context.report(weight_error=error / max(reference, 1e-30))
+            context.solutions[name] = rtn(target, quantizer) if inverse is None else gptq(target, inverse, quantizer)
         context.report(output_error=held_out_error(context))
         replace_modules(context, self.bits, self.group_size)
 
