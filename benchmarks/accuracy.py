@@ -1,7 +1,8 @@
 """Accuracy of the recipes and of each ingredient, on a trained model, with several calibration seeds.
 
     python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
-        [--suite main|ablations|all] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4] --out RESULTS.json
+        [--suite main|ablations|all] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4]
+        --out RESULTS.json
 
 Every run quantizes with 128 windows of 512 tokens, writes and verifies a checkpoint, loads it from disk and scores it
 on the first windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative
@@ -75,8 +76,15 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     row = {key: job[key] for key in ("model", "label", "recipe", "settings", "seed")}
     with tempfile.TemporaryDirectory() as folder:
         done = mergequant.quantize(
-            job["path"], job["recipe"], data=job["calibration"], out=Path(folder) / "q", samples=SAMPLES,
-            seqlen=SEQLEN, seed=job["seed"], settings=job["settings"], device=job["device"],
+            job["path"],
+            job["recipe"],
+            data=job["calibration"],
+            out=Path(folder) / "q",
+            samples=SAMPLES,
+            seqlen=SEQLEN,
+            seed=job["seed"],
+            settings=job["settings"],
+            device=job["device"],
         )
         row["seconds"] = round(time.perf_counter() - started, 1)
         row["linear_bits_per_parameter"] = round(done.figures["linear_bits_per_parameter"], 4)
@@ -88,7 +96,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     for text in job["eval"]:
         windows = head_windows(text, tokenizer, samples=job["windows"], seqlen=SEQLEN)
         scores = score(quantized, windows, against=floating)
-        assert scores.against is not None and scores.divergence is not None
+        if scores.against is None or scores.divergence is None:
+            raise RuntimeError("the float model was not scored")
         row["eval"][Path(text).stem] = {
             "d": scores.divergence.nll_increase,
             "perplexity": scores.model.perplexity,
@@ -140,9 +149,16 @@ def main() -> None:
     )
     jobs = [
         {
-            "model": Path(path).name, "path": path, "label": label, "recipe": recipe, "settings": settings,
-            "seed": seed, "calibration": arguments.calibration, "eval": arguments.eval,
-            "windows": arguments.windows, "device": arguments.device,
+            "model": Path(path).name,
+            "path": path,
+            "label": label,
+            "recipe": recipe,
+            "settings": settings,
+            "seed": seed,
+            "calibration": arguments.calibration,
+            "eval": arguments.eval,
+            "windows": arguments.windows,
+            "device": arguments.device,
             "threads": max((os.cpu_count() or 1) // arguments.workers, 1),
         }
         for seed in range(arguments.seeds)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from mergequant.calibration.store import ActivationStore, StorePolicy
 from mergequant.errors import NumericsError, StructureError
@@ -52,7 +53,9 @@ class Prefix:
 class Chain:
     """Hidden states before the current block, for all chunks, and how a block is run on them."""
 
-    def __init__(self, shell: ModelShell, chunks: list[Chunk], policy: StorePolicy, prefix: tuple[list[int], bool] | None):
+    def __init__(
+        self, shell: ModelShell, chunks: list[Chunk], policy: StorePolicy, prefix: tuple[list[int], bool] | None
+    ):
         self.shell = shell
         self.policy = policy
         self.chunks = chunks
@@ -73,12 +76,16 @@ class Chain:
 
     def run(self, hidden: Tensor) -> Tensor:
         """Run the current block, as it stands, on one chunk's hidden states."""
+        return self.shell.run_block(self.position, hidden, self.arguments(hidden))
+
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """What the current block is called with besides one chunk's hidden states; the cache in it is a fresh one."""
         batch, length = hidden.shape[:2]
         kwargs = self._kwargs[batch, length][self.position]
         cache = self._block_cache(batch)
         if cache is not None:
-            kwargs = {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        return self.shell.run_block(self.position, hidden, kwargs)
+            return {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return kwargs
 
     def begin_block(self) -> None:
         """Compute the prefix's keys and values in the current block, which still holds its float weights."""
@@ -89,6 +96,11 @@ class Chain:
         kwargs = {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
         self.prefix.hidden = self.shell.run_block(self.position, self.prefix.hidden, kwargs)
         layer = cache.layers[self.position]
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            raise StructureError(
+                f"{self.shell.block_names[self.position]} keeps no keys and values ({type(layer).__name__}): a prefix "
+                "cannot be stored for it; choose a recipe without a prefix (other=dynamic)"
+            )
         self.prefix.keys, self.prefix.values = layer.keys, layer.values
 
     def advance(self) -> None:

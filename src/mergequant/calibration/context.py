@@ -1,6 +1,7 @@
 """What a step of a recipe works on: a block, and inside it one site at a time."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -90,16 +91,21 @@ class BlockContext:
                 seen.clear()
                 if chunk.role == "verify":
                     continue
-                try:
+                with suppress(_Captured):
                     self.chain.run(self.chain.hidden[number])
-                except _Captured:
-                    pass
                 if not seen:
                     raise StructureError(f"{self.name}.{site.name} was not reached when its block was run")
                 store.append(seen[0].reshape(-1, site.width))
         finally:
             handle.remove()
         return store
+
+    def linear(self, name: str) -> nn.Linear:
+        """One of the block's linears that is still in floating point."""
+        module = self.module.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise StructureError(f"{self.name}.{name} is a {type(module).__name__}; it has been quantized already")
+        return module
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a quantized module in the place of one of the block's own."""
@@ -112,10 +118,11 @@ class BlockContext:
         The prefix's values are outputs of the value projection and are multiplied with it.
         """
         rows = producer.rows
-        module = self.module.get_submodule(rows.linear)
-        if isinstance(module, QuantLinear):
-            module.scale_rows(factor, rows.start, rows.stop)
+        quantized = self.module.get_submodule(rows.linear)
+        if isinstance(quantized, QuantLinear):
+            quantized.scale_rows(factor, rows.start, rows.stop)
         else:
+            module = self.linear(rows.linear)
             with torch.no_grad():
                 module.weight[rows.start : rows.stop] *= factor[:, None].to(module.weight)
                 if module.bias is not None:
@@ -154,8 +161,7 @@ class SiteContext:
 
     def __post_init__(self) -> None:
         for name in self.site.consumers:
-            module = self.block.module.get_submodule(name)
-            self.weights[name] = module.weight.detach().float().clone()
+            self.weights[name] = self.block.linear(name).weight.detach().float().clone()
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -221,9 +222,10 @@ class CheckpointWriter:
             for name, spec in self.block_record(index).get("layers", {}).items():
                 if name not in parsed.layers or parsed.layers[name].to_dict() != spec:
                     raise CheckpointError(f"{name}: block {index} holds this layer, the config describes it otherwise")
-        known = parsed.provenance.setdefault("fingerprint", self.fingerprint)
+        known = parsed.provenance.get("fingerprint", self.fingerprint)
         if known != self.fingerprint:
             raise CheckpointError(f"the config's fingerprint {known!r} is not this writer's {self.fingerprint!r}")
+        parsed = replace(parsed, provenance={**parsed.provenance, "fingerprint": known})
         return {**config, "quantization_config": parsed.to_dict()}
 
     def _write_shards(self, folder: Path, units: list[dict[str, Any]]) -> None:

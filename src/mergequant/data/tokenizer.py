@@ -20,7 +20,7 @@ def add_bos(tokenizer: PreTrainedTokenizerBase, bos_id: int) -> PreTrainedTokeni
         return tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(
-            f"{type(tokenizer).__name__} adds no BOS and cannot be told to; save it as a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} adds no BOS and cannot be told to; save it as a fast one (tokenizer.json)"
         )
     changed = copy.deepcopy(tokenizer)
     bos = changed.convert_ids_to_tokens(bos_id)

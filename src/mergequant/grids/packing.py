@@ -1,14 +1,15 @@
 """Packed storage of integer codes.
 
 Layout: codes lie along the last axis. At 4 bits two neighbours share a byte, the lower index in the low nibble, each a
-two's complement number of four bits; an odd width is refused, because a silent pad would hide one column. At 8 bits a
-code is a byte. Other widths of `IntegerGrid` are stored in 8-bit containers.
+two's complement number of four bits; an odd width is refused, because a silent pad would hide one column. Narrower
+codes take a nibble each too, wider ones a byte.
 """
 
 import torch
 from torch import Tensor
 
 from mergequant.errors import KernelError
+from mergequant.grids.integer import IntegerGrid
 
 __all__ = ["container_bits", "pack_codes", "packed_width", "unpack_codes"]
 
@@ -41,13 +42,18 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns uint8 for two codes a byte, int8 for one.
 
     Raises:
-        KernelError: a code lies outside the grid, or an odd number of 4-bit codes.
+        KernelError: a code lies outside the grid or is not whole, or an odd number of 4-bit codes.
     """
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    if codes.numel() and (codes.min() < low or codes.max() > high):
-        raise KernelError(f"codes reach {codes.min().item()}..{codes.max().item()}, outside int{bits} {low}..{high}")
+    grid = IntegerGrid(bits)
+    # Written so that NaN, which compares false with everything, is refused too.
+    if codes.numel() and not (codes.min() >= grid.low and codes.max() <= grid.high):
+        raise KernelError(
+            f"codes reach {codes.min().item()}..{codes.max().item()}, outside int{bits} {grid.low}..{grid.high}"
+        )
     packed_width(codes.shape[-1], bits)
     narrow = codes.to(torch.int8)
+    if codes.is_floating_point() and not torch.equal(narrow.to(codes.dtype), codes):
+        raise KernelError("codes are not whole numbers; round them with `IntegerGrid.nearest` first")
     if container_bits(bits) == 8:
         return narrow.contiguous()
     nibbles = narrow.view(torch.uint8) & NIBBLE_MASK

@@ -14,6 +14,8 @@ from mergequant.grids.packing import container_bits
 
 __all__ = ["AbsMax", "ClipSearch", "QTensor", "Quantizer"]
 
+SMALLEST_RANGE = 1e-35
+
 
 @dataclass(frozen=True)
 class AbsMax:
@@ -100,12 +102,13 @@ class Quantizer:
         groups = self.groups(values.shape[1])
         grouped = values.float().reshape(values.shape[0], groups, -1)
         absmax = grouped.abs().amax(-1)
-        absmax = torch.where(absmax > 0, absmax, torch.full_like(absmax, float(self.grid.high)))
+        # Below SMALLEST_RANGE a scale would lose its digits or vanish; such a row is zero for all purposes.
+        absmax = torch.where(absmax > SMALLEST_RANGE, absmax, torch.full_like(absmax, float(self.grid.high)))
         if isinstance(self.range, AbsMax):
             return absmax / self.grid.high
         best_scale, best_loss = absmax / self.grid.high, torch.full_like(absmax, torch.inf)
         for fraction in self.range.fractions():
-            scale = absmax * (fraction / self.grid.high)
+            scale = absmax * fraction / self.grid.high  # in this order: a fraction of 1 is `AbsMax` to the last bit
             error = self.grid.nearest(grouped / scale[..., None]).mul_(scale[..., None]).sub_(grouped).abs_()
             loss = _sum_of_powers(error, self.range.norm)
             better = loss < best_loss

@@ -27,5 +27,5 @@ class QuantModule(nn.Module):
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype)).dtype
+        self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device="cpu")).dtype
         return self

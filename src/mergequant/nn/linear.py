@@ -31,11 +31,6 @@ class InputQuantizer(QuantModule):
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.spec = spec
-        if spec.rotation and spec.rotation != ops.rotation(spec.in_width).name:
-            raise CheckpointError(
-                f"the checkpoint rotates {spec.in_width} channels by {spec.rotation!r}, this release by "
-                f"{ops.rotation(spec.in_width).name!r}; load it with the release that wrote it"
-            )
         static = spec.kind == "static"
         length = spec.width if spec.per_channel else 1
         self.register_buffer("multiplier", torch.ones(length, dtype=torch.float32) if static else None)
@@ -73,6 +68,7 @@ class QuantLinear(QuantModule):
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
+        _check_rotation(spec.input)
         width = packed_width(spec.input.width, spec.weight_bits)
         dtype = torch.uint8 if container_bits(spec.weight_bits) == 4 else torch.int8
         groups = (spec.input.width // spec.group_size,) if spec.group_size else ()
@@ -82,7 +78,7 @@ class QuantLinear(QuantModule):
         self.input_quantizer: InputQuantizer | None = None
         if spec.input.kind in ("static", "dynamic"):
             self.input_quantizer = InputQuantizer(spec.input)
-        self._widened: tuple[int, Tensor] | None = None
+        self._widened: tuple[Tensor, int, Tensor] | None = None
 
     @property
     def in_features(self) -> int:
@@ -125,16 +121,18 @@ class QuantLinear(QuantModule):
         return nn.functional.linear(x, self.decoded_weight().to(x.dtype), bias)
 
     def _int8_weight(self) -> Tensor:
-        """int8 (outputs, width). Packed weights are widened once per version of the packed buffer."""
+        """int8 (outputs, width). Packed weights are widened once per buffer and version of it."""
         packed = self.weight_codes
         if packed.dtype == torch.int8:
             return packed
         if torch.compiler.is_compiling():
             return unpack_codes(packed, self.spec.weight_bits)
-        version = packed._version
-        if self._widened is None or self._widened[0] != version or self._widened[1].device != packed.device:
-            self._widened = (version, unpack_codes(packed, self.spec.weight_bits))
-        return self._widened[1]
+        version = 0 if packed.is_inference() else packed._version  # inference tensors count no versions
+        known = self._widened
+        # A version alone is not enough: `load_state_dict(assign=True)` brings a buffer that counts from 0 again.
+        if known is None or known[0] is not packed or known[1] != version:
+            known = self._widened = (packed, version, unpack_codes(packed, self.spec.weight_bits))
+        return known[2]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._widened = None
@@ -144,3 +142,11 @@ class QuantLinear(QuantModule):
         spec = self.spec
         groups = f", groups of {spec.group_size}" if spec.group_size else ""
         return f"{spec.input.width} -> {spec.outputs}, int{spec.weight_bits}{groups}, input {spec.input.kind}"
+
+
+def _check_rotation(spec: InputSpec) -> None:
+    if spec.rotation and spec.rotation != ops.rotation(spec.in_width).name:
+        raise CheckpointError(
+            f"the checkpoint rotates {spec.in_width} channels by {spec.rotation!r}, this release by "
+            f"{ops.rotation(spec.in_width).name!r}; load it with the release that wrote it"
+        )

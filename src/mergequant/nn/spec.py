@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -14,6 +15,8 @@ __all__ = ["InputSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_fr
 
 InputKind = Literal["codes", "static", "dynamic", "float"]
 NormKind = Literal["rms", "layer"]
+
+LARGEST_WHOLE = 1 << 53  # whole numbers up to here are exact in a float
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ class InputSpec(Spec):
             raise CheckpointError(f"{where}: clip_ratio {self.clip_ratio} is outside (0, 1]")
         if self.width != self.in_width and not (self.gathers or self.kind == "codes"):
             raise CheckpointError(f"{where}: width {self.width} differs from {self.in_width} without a gather index")
+        if self.kind != "static" and (self.per_channel or self.gathers or self.shifts):
+            raise CheckpointError(f"{where}: per_channel, gathers and shifts belong to static inputs, not {self.kind}")
+        if self.kind == "codes" and self.rotation:
+            raise CheckpointError(f"{where}: codes cannot be rotated; only float inputs can")
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,8 @@ class NormSpec(Spec):
     shifts: bool = False
 
     def validate(self, where: str) -> None:
-        if self.channels < 1 or self.width < 1 or self.bits not in SUPPORTED_BITS or self.eps < 0:
-            raise CheckpointError(f"{where}: widths must be positive, bits one of {SUPPORTED_BITS}, eps >= 0")
+        if self.channels < 1 or self.width < 1 or self.bits not in SUPPORTED_BITS or not 0 <= self.eps < math.inf:
+            raise CheckpointError(f"{where}: widths must be positive, bits one of {SUPPORTED_BITS}, eps finite and >= 0")
         if self.width != self.channels and not self.gathers:
             raise CheckpointError(f"{where}: width {self.width} differs from {self.channels} without a gather index")
 
@@ -188,7 +195,7 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         if value not in choices:
             raise CheckpointError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < LARGEST_WHOLE:
         value = float(value)
     if type(value) is not hint:
         raise CheckpointError(f"{where}: expected {hint.__name__}, found {value!r}")

@@ -3,7 +3,8 @@
 The base is a Hadamard matrix of Paley's first or second kind where one of the width's divisors allows it, else the
 orthonormal cosine matrix of the odd divisor, which is a rotation too but not of plus and minus ones. The name of the
 construction is stored with a checkpoint, so that a later release cannot silently rotate differently.
-Sources: Sylvester 1867; Paley 1933 (quadratic residues modulo a prime q: order q+1 for q = 3 mod 4, 2(q+1) for 1 mod 4).
+Sources: Sylvester 1867; Paley 1933 (quadratic residues modulo a prime q give order q+1 for q = 3 mod 4 and 2(q+1) for
+q = 1 mod 4).
 """
 
 import math

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import unpack_codes
-from mergequant.ops._validate import require, require_codes, require_vector
+from mergequant.ops._validate import FLOAT_DTYPES, require, require_codes, require_float, require_vector
 from mergequant.ops.int_matmul import int_matmul
 
 __all__ = ["int4_linear", "int8_linear"]
@@ -44,7 +44,7 @@ def int8_linear(
         KernelError: a dtype, shape or device that is not as above.
     """
     require_codes("int8_linear", "weight", weight)
-    _check("int8_linear", codes, weight, weight.shape[1], weight_scale, token_scale, bias)
+    _check("int8_linear", codes, weight, 1, weight_scale, token_scale, bias, out_dtype)
     rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     scales = None if token_scale is None else token_scale.reshape(-1, 1)
     result = torch.empty((rows.shape[0], weight.shape[0]), dtype=out_dtype, device=codes.device)
@@ -71,7 +71,7 @@ def int4_linear(
 ) -> Tensor:
     """As `int8_linear`, with weights packed two to a byte: uint8 (outputs, width // 2), low nibble first."""
     require(packed_weight.dtype == torch.uint8, f"int4_linear: packed_weight is {packed_weight.dtype}; pass uint8")
-    _check("int4_linear", codes, packed_weight, packed_weight.shape[1] * 2, weight_scale, token_scale, bias)
+    _check("int4_linear", codes, packed_weight, 2, weight_scale, token_scale, bias, out_dtype)
     return int8_linear(codes, unpack_codes(packed_weight, 4), weight_scale, token_scale, bias, out_dtype)
 
 
@@ -92,13 +92,15 @@ def _check(
     op: str,
     codes: Tensor,
     weight: Tensor,
-    width: int,
+    codes_per_element: int,
     weight_scale: Tensor,
     token_scale: Tensor | None,
     bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> None:
     require_codes(op, "codes", codes)
     require(weight.dim() == 2, f"{op}: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
+    width = weight.shape[1] * codes_per_element
     require(codes.dim() >= 1 and codes.shape[-1] == width, f"{op}: codes {tuple(codes.shape)} do not end in {width}")
     require(weight.device == codes.device, f"{op}: weight is on {weight.device}, codes on {codes.device}")
     outputs = weight.shape[0]
@@ -107,5 +109,13 @@ def _check(
     if token_scale is not None:
         wanted = (*codes.shape[:-1], 1)
         require(token_scale.shape == wanted, f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
+        require(token_scale.dtype == torch.float32, f"{op}: token_scale is {token_scale.dtype}; pass float32")
+        require(
+            token_scale.device == codes.device,
+            f"{op}: token_scale is on {token_scale.device}, codes on {codes.device}",
+        )
     if bias is not None:
         require(bias.shape == (outputs,), f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require_float(op, "bias", bias)
+        require(bias.device == codes.device, f"{op}: bias is on {bias.device}, codes on {codes.device}")
+    require(out_dtype in FLOAT_DTYPES, f"{op}: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")

@@ -96,8 +96,15 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     stored = linear_parameters * (bits / 8 + 0.02) + (outside + in_blocks - linear_parameters) * 2
     backends = tuple(choice for name in (None, "sm_80", "sm_89", "sm_90") for choice in ops.explain(name))
     return Plan(
-        recipe.name, tuple(sites), kept, outside + in_blocks, linear_parameters,
-        int(peak), int(stored), work / STREAM_FLOPS, backends,
+        recipe.name,
+        tuple(sites),
+        kept,
+        outside + in_blocks,
+        linear_parameters,
+        int(peak),
+        int(stored),
+        work / STREAM_FLOPS,
+        backends,
     )
 
 

@@ -56,11 +56,10 @@ def choose_prefix(
         if not tokens:
             raise RecipeError("prefix=auto found no outlier token, and there is no BOS; use other=dynamic")
         return tokens[:MOST_TOKENS], bos is not None
-    vocabulary = shell.model.get_input_embeddings().weight.shape[0]
     ids = [int(token) for token in choice]
     for token in ids:
-        if not 0 <= token < vocabulary:
-            raise RecipeError(f"prefix token {token} is outside the vocabulary of {vocabulary}")
+        if not 0 <= token < shell.vocabulary:
+            raise RecipeError(f"prefix token {token} is outside the vocabulary of {shell.vocabulary}")
     return ids, bool(ids) and ids[0] == bos
 
 

@@ -34,11 +34,18 @@ from mergequant.checkpoint import (
     model_card,
     open_checkpoint,
 )
-from mergequant.data import DataLike, Windows, check_seqlen, draw_splits, parse_data, sketch, sketch_to_json
+from mergequant.data import DataLike, Windows, as_data_spec, check_seqlen, draw_splits, sketch, sketch_to_json
 from mergequant.errors import ModelError, StructureError, UsageError
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.nn import PrefixSpec
-from mergequant.pipeline.blocks import block_layers, block_tensors, outside_tensors, quantize_block, restore_block, stored_as
+from mergequant.pipeline.blocks import (
+    block_layers,
+    block_tensors,
+    outside_tensors,
+    quantize_block,
+    restore_block,
+    stored_as,
+)
 from mergequant.pipeline.plan import Plan, make_plan
 from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import bos_of, tokenizer_files
@@ -287,7 +294,9 @@ def _check_sites(recipe: Recipe, structures: list[BlockStructure], shell: ModelS
 
 def _tokenizer(shell: ModelShell) -> PreTrainedTokenizerBase:
     if shell.folder is None:
-        raise UsageError("a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise UsageError(
+            "a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     try:
         return AutoTokenizer.from_pretrained(shell.folder)
     except (OSError, ValueError, KeyError) as error:
@@ -305,17 +314,24 @@ def _draw(
     bos: bool | None,
 ) -> tuple[Windows, Windows]:
     """Calibration and held-out windows; the float model is loaded whole only if the data are sampled from it."""
-    spec = parse_data(data) if isinstance(data, str) else data
+    spec = as_data_spec(data)
     sampler: PreTrainedModel | None = None
-    if "self" in str(spec):
+    if spec.needs_model:
         if isinstance(model, PreTrainedModel):
             sampler = model
         else:
-            sampler = AutoModelForCausalLM.from_pretrained(shell.folder, dtype=torch.float32, local_files_only=True)
-            sampler = sampler.to(shell.device).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(str(shell.folder), dtype=torch.float32, local_files_only=True)
+            loaded.to(shell.device)  # type: ignore[arg-type]  # wrapped without its signature
+            sampler = loaded.eval()
     return draw_splits(
-        spec, tokenizer, samples=samples, held_out=_held_out(samples), seqlen=seqlen, seed=seed,
-        bos="auto" if bos is None else bos, model=sampler,
+        spec,
+        tokenizer,
+        samples=samples,
+        held_out=_held_out(samples),
+        seqlen=seqlen,
+        seed=seed,
+        bos="auto" if bos is None else bos,
+        model=sampler,
     )
 
 
@@ -405,9 +421,7 @@ def _prefix_spec(chain: Chain, tail: Mapping[str, Tensor], prefix: tuple[list[in
         for part in ("keys", "values", "hidden")
     )
     layers, heads = keys.shape[:2]
-    return PrefixSpec(
-        tuple(prefix[0]), prefix[1], layers, heads, keys.shape[3], values.shape[3], hidden.shape[1]
-    )
+    return PrefixSpec(tuple(prefix[0]), prefix[1], layers, heads, keys.shape[3], values.shape[3], hidden.shape[1])
 
 
 def _mean_figures(sites: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

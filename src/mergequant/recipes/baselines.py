@@ -52,8 +52,12 @@ def gptq(
         steps.append(TokenInput(bits=activation_bits, search=activation_clip))
     steps.append(
         Round(
-            method="gptq", bits=weight_bits, group_size=group_size, clip=clip,
-            damping=damping, activation_order=activation_order,
+            method="gptq",
+            bits=weight_bits,
+            group_size=group_size,
+            clip=clip,
+            damping=damping,
+            activation_order=activation_order,
         )
     )
     return tuple(steps), "none"

@@ -4,18 +4,20 @@
 The body of the paper was not available to this project; what the abstract leaves open is a parameter here, and
 `docs/results.md` has a row for each.
 
-Norm -> linear sites: ranges per channel; strong channels split; ranges clipped by the joint loss; the step migrates into
-the norm's multiplier and the weights' columns; weak channels dropped (or the width padded); least squares; GPTQ on the
-codes. Inputs of o_proj and down_proj, which no norm makes, are a parameter of their own (`other`).
+Norm -> linear sites: ranges per channel; strong channels split; ranges clipped by the joint loss; the step migrates
+into the norm's multiplier and the weights' columns; weak channels dropped (or the width padded); least squares; GPTQ on
+the codes. Inputs of o_proj and down_proj, which no norm makes, are a parameter of their own (`other`).
 """
 
 from typing import Literal
 
 from mergequant.errors import RecipeError
+from mergequant.models.roles import SiteKind
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
 from mergequant.steps import (
     Clip,
     Compensate,
+    LowRank,
     Prune,
     Ranges,
     Rotate,
@@ -25,7 +27,6 @@ from mergequant.steps import (
     TensorInput,
     TokenInput,
 )
-from mergequant.models.roles import SiteKind
 
 __all__ = ["mergequant", "mergequant_plus", "mergequant_w4a8"]
 
@@ -108,7 +109,7 @@ def mergequant(
     if compensation == "least_squares":
         steps.append(Compensate(NORM, ridge))
     if compensation == "low_rank":
-        raise RecipeError('x')
+        steps.append(LowRank(weight_bits=weight_bits))
     steps.append(Round(method=rounding, bits=weight_bits))
     return tuple(steps), prefix
 

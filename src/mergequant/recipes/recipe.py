@@ -1,4 +1,4 @@
-"""Recipes: a paper as an ordered list of steps with explicit parameters, and the register that knows them by name."""
+"""_REGISTER: a paper as an ordered list of steps with explicit parameters, and the register that knows them by name."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,7 +11,16 @@ import yaml
 from mergequant.errors import RecipeError
 from mergequant.steps import Step, near_name, step_from_dict
 
-__all__ = ["Figure", "PrefixChoice", "Recipe", "Recipes", "get_recipe", "list_recipes", "load_recipe", "register_recipe"]
+__all__ = [
+    "_REGISTER",
+    "Figure",
+    "PrefixChoice",
+    "Recipe",
+    "get_recipe",
+    "list_recipes",
+    "load_recipe",
+    "register_recipe",
+]
 
 PrefixChoice = str | tuple[int, ...]
 """'none', 'bos', 'auto' (outlier tokens are searched), or explicit token ids."""
@@ -147,7 +156,7 @@ class _Registered:
     expected: tuple[Figure, ...]
 
 
-Recipes: dict[str, _Registered] = {}
+_REGISTER: dict[str, _Registered] = {}
 
 
 def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ()) -> Callable[[Builder], Builder]:
@@ -160,13 +169,13 @@ def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ())
     """
 
     def register(builder: Builder) -> Builder:
-        taken = Recipes.get(name)
+        taken = _REGISTER.get(name)
         if taken is not None and taken.builder.__qualname__ != builder.__qualname__:
             raise RecipeError(
                 f"recipe name {name!r} is taken by {taken.builder.__module__}.{taken.builder.__qualname__}; "
                 f"{builder.__module__}.{builder.__qualname__} needs another"
             )
-        Recipes[name] = _Registered(builder, paper, expected)
+        _REGISTER[name] = _Registered(builder, paper, expected)
         return builder
 
     return register
@@ -174,7 +183,7 @@ def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ())
 
 def list_recipes() -> list[str]:
     """Names of all registered recipes, sorted."""
-    return sorted(Recipes)
+    return sorted(_REGISTER)
 
 
 def get_recipe(name: str, **parameters: Any) -> Recipe:
@@ -183,9 +192,9 @@ def get_recipe(name: str, **parameters: Any) -> Recipe:
     Raises:
         RecipeError: an unknown name or parameter (with the nearest known one), or a value of the wrong kind.
     """
-    if name not in Recipes:
-        raise RecipeError(f"unknown recipe {name!r}{near_name(name, Recipes)}")
-    entry = Recipes[name]
+    if name not in _REGISTER:
+        raise RecipeError(f"unknown recipe {name!r}{near_name(name, _REGISTER)}")
+    entry = _REGISTER[name]
     signature = inspect.signature(entry.builder)
     hints = get_type_hints(entry.builder)
     values = {key: parameter.default for key, parameter in signature.parameters.items()}

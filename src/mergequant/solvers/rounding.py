@@ -67,7 +67,7 @@ def gptq(
     natural = bool(torch.equal(inverse.order, torch.arange(weight.shape[1], device=inverse.order.device)))
     dynamic_groups = quantizer.group_size is not None and not static_groups
     if dynamic_groups and not natural:
-        raise UsageError("groups that follow the compensated weights need activation_order=False (or static_groups=True)")
+        raise UsageError("groups that follow compensated weights need activation_order=False (or static_groups=True)")
     quantizer.groups(weight.shape[1])
     alive = torch.where(inverse.dead, torch.zeros_like(weight), weight)
     scale = quantizer.find_scale(alive)  # (outputs, groups)

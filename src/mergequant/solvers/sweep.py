@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergequant.errors import NumericsError
+from mergequant.errors import NumericsError, UsageError
 
 __all__ = ["InverseFactor", "invert_hessian", "sweep"]
 
@@ -44,7 +44,7 @@ class InverseFactor:
 def invert_hessian(hessian: Tensor, *, damping: float = 0.01, activation_order: bool = True) -> InverseFactor:
     """Factor the inverse of a raw-sum Hessian (width, width).
 
-    Dead columns get a unit diagonal. `damping` times the mean diagonal is added, and raised threefold until the
+    Dead columns get the mean of the other diagonal elements, so that they do not sway the damping. `damping` times the mean diagonal is added, and raised threefold until the
     factorization succeeds; the result says so.
 
     Raises:
@@ -56,7 +56,7 @@ def invert_hessian(hessian: Tensor, *, damping: float = 0.01, activation_order: 
     work = hessian.double().clone()
     diagonal = torch.diagonal(work)
     dead = diagonal <= 0
-    diagonal[dead] = 1.0
+    diagonal[dead] = diagonal[~dead].mean() if not bool(dead.all()) else 1.0
     width = work.shape[0]
     # A stable sort keeps equal diagonals in natural order, on every device.
     order = torch.argsort(diagonal, descending=True, stable=True) if activation_order else torch.arange(width)
@@ -99,7 +99,12 @@ def sweep(
 
     Returns:
         Quantized values (rows, width) in original order, and the loss of every row (rows,): sum of err^2 / R_ii^2 / 2.
+
+    Raises:
+        UsageError: a group size that does not divide the block, so that a group would be torn.
     """
+    if group_size is not None and block % group_size:
+        raise UsageError(f"a block of {block} columns tears groups of {group_size}; make it a multiple")
     rows, width = weight.shape
     columns = weight.float().t()[inverse.order].contiguous()  # (width, rows): a column is one contiguous row
     columns[inverse.dead[inverse.order]] = 0.0

@@ -4,6 +4,7 @@ from mergequant.steps.base import ALL_SITES, BlockStep, SiteStep, Step, near_nam
 from mergequant.steps.channel import Clip, Prune, Ranges, Split
 from mergequant.steps.compensate import Compensate
 from mergequant.steps.judge import Judge
+from mergequant.steps.low_rank import LowRank
 from mergequant.steps.rounding import Round
 from mergequant.steps.whole import Rotate, TensorInput, TokenInput
 
@@ -13,6 +14,7 @@ __all__ = [
     "Clip",
     "Compensate",
     "Judge",
+    "LowRank",
     "Prune",
     "Ranges",
     "Rotate",

@@ -22,7 +22,7 @@ _STEPS: dict[str, type["Step"]] = {}
 
 
 @dataclass(frozen=True)
-class Step(ABC):
+class Step:
     """Base of all steps. Subclasses set `name` and register themselves; a name is taken once."""
 
     name: ClassVar[str] = ""
@@ -42,7 +42,7 @@ class Step(ABC):
 
 
 @dataclass(frozen=True)
-class SiteStep(Step):
+class SiteStep(Step, ABC):
     """A pass over the sites of some kinds.
 
     Attributes:
@@ -61,7 +61,7 @@ class SiteStep(Step):
 
 
 @dataclass(frozen=True)
-class BlockStep(Step):
+class BlockStep(Step, ABC):
     """A pass over a whole block."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Steps that build a static per-channel scheme: ranges, splitting, clipping, dropping (MergeQuant digest, steps 1-5)."""
+"""Steps that build a static scale per channel: ranges, splitting, clipping, dropping (MergeQuant digest, steps 1-5)."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -85,8 +85,10 @@ class Split(SiteStep):
         best = self.budgets[0]
         if len(candidates) > 1:
             judge = Judge("gptq", self.weight_bits)
-            losses = {budget: judge.relative_error(context, self._final(context, candidates[budget]))
-                      for budget in self.budgets}
+            losses = {
+                budget: judge.relative_error(context, self._final(context, candidates[budget]))
+                for budget in self.budgets
+            }
             best = min(losses, key=lambda budget: losses[budget])
         context.scheme = candidates[best]
         copies = torch.bincount(context.scheme.index)
@@ -142,8 +144,14 @@ class Clip(SiteStep):
         stagger = bool(scheme.offset.any())
         sample = context.sample("calibration", self.sample_tokens)
         ratios = channel_clip_ratios(
-            sample, scheme.step, copies, scheme.bits,
-            stagger=stagger, norm=self.norm, least=self.least, steps=self.steps,
+            sample,
+            scheme.step,
+            copies,
+            scheme.bits,
+            stagger=stagger,
+            norm=self.norm,
+            least=self.least,
+            steps=self.steps,
         )
         ratios = tie_channels(context, ratios)
         exponents = self.lambdas if self.mode == "joint" else (1.0,)

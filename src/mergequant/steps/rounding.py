@@ -88,7 +88,7 @@ def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
     absorbed = isinstance(scheme, ChannelScheme) and _migrate(context, scheme)
     spec, buffers = _input_spec(context, absorbed)
     for name, solution in context.solutions.items():
-        old = block.module.get_submodule(name)
+        old = block.linear(name)
         block.replace(name, _quant_linear(spec, buffers, solution, old, bits, group_size).to(block.device))
     if isinstance(scheme, ChannelScheme) and site.norm is not None:
         block.replace(site.norm.name, _quant_norm(context, scheme).to(block.device))
@@ -129,14 +129,20 @@ def _input_spec(context: SiteContext, absorbed: bool) -> tuple[InputSpec, dict[s
     if bool(scheme.offset.any()):
         buffers["shift"] = scheme.offset
     spec = InputSpec(
-        "static", width, scheme.width, scheme.bits, context.rotation,
-        per_channel=not absorbed, gathers="index" in buffers, shifts="shift" in buffers,
+        "static",
+        width,
+        scheme.width,
+        scheme.bits,
+        context.rotation,
+        per_channel=not absorbed,
+        gathers="index" in buffers,
+        shifts="shift" in buffers,
     )
     return spec, buffers
 
 
 def _quant_linear(
-    spec: InputSpec, buffers: dict[str, Tensor], solution: Solution, old: nn.Module, bits: int, group_size: int
+    spec: InputSpec, buffers: dict[str, Tensor], solution: Solution, old: nn.Linear, bits: int, group_size: int
 ) -> QuantLinear:
     quantized = solution.quantized
     bias: Tensor | None = old.bias

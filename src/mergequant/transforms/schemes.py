@@ -75,8 +75,9 @@ class TensorScheme:
     step: float
 
     def values(self, x: Tensor) -> Tensor:
-        """Codes (tokens, channels), as float."""
-        return IntegerGrid(self.bits).nearest(self.exact_values(x))
+        """Codes (tokens, channels), as float, by the arithmetic of the run time: times 1 / step in float32."""
+        multiplier = torch.tensor([1 / self.step], dtype=torch.float32, device=x.device)
+        return ops.quantize_scaled(x.float(), multiplier, None, None, self.bits).float()
 
     def exact_values(self, x: Tensor) -> Tensor:
         """Codes before rounding."""
@@ -130,7 +131,7 @@ class ChannelScheme:
 
     @property
     def is_plain(self) -> bool:
-        """Whether slots are just the channels in order, without offsets."""
+        """Whether slots are just the channels in order."""
         width = self.step.shape[0]
         return self.width == width and bool((self.index == torch.arange(width, device=self.index.device)).all())
 

@@ -8,6 +8,7 @@ equals round(T z) up to ties, so a channel split T ways gains log2(T) bits.
 import torch
 from torch import Tensor
 
+from mergequant.errors import UsageError
 from mergequant.transforms.schemes import ChannelScheme
 
 __all__ = ["drop_slots", "split_channels", "split_counts"]
@@ -64,7 +65,16 @@ def drop_slots(scheme: ChannelScheme, gram: Tensor, folded: Tensor, count: int) 
         gram: raw sum of q q^T (width, width).
         folded: W' of all consumers stacked (outputs, width).
         count: number of slots to drop; at most the number of unsplit channels.
+
+    Raises:
+        UsageError: fewer than `count` channels are unsplit. A copy must never be dropped: the others carry only a part
+            of its channel's weight.
     """
+    unsplit = int((scheme.share == 1).sum())
+    if count > unsplit:
+        raise UsageError(
+            f"{count} slots are to be dropped, but only {unsplit} channels are not split; split less, or keep the width"
+        )
     importance = torch.diagonal(gram).double() * folded.double().square().sum(0)
     importance = torch.where(scheme.share < 1, torch.full_like(importance, torch.inf), importance)
     dropped = torch.argsort(importance, stable=True)[:count]

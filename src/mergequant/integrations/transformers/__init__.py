@@ -5,8 +5,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from mergequant.checkpoint import QUANT_METHOD
 from mergequant.integrations.transformers.config import MergeQuantConfig
 from mergequant.integrations.transformers.load import load
-from mergequant.integrations.transformers.prefix import install_prefix, set_bos_in_tokenizer
+from mergequant.integrations.transformers.prefix import install_prefix
 from mergequant.integrations.transformers.quantizer import MergeQuantQuantizer, quantize_skeleton
+from mergequant.integrations.transformers.tokenizer import set_bos_in_tokenizer
 
 __all__ = [
     "MergeQuantConfig",

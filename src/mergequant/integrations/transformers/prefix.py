@@ -9,7 +9,6 @@ in the tensors and is masked out for good: the prefix stands for it.
 """
 
 import inspect
-import json
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from mergequant.checkpoint import PREFIX_MODULE
 from mergequant.errors import InputError, StructureError
 from mergequant.nn import PrefixStore
 
-__all__ = ["find_decoder", "install_prefix", "set_bos_in_tokenizer"]
+__all__ = ["find_decoder", "install_prefix"]
 
 INNER = "_mergequant_inner_forward"
 
@@ -66,47 +65,6 @@ def find_decoder(model: nn.Module, layers: int) -> str:
     raise StructureError(f"{type(model).__name__} has no list of {layers} equal blocks, for which the prefix was made")
 
 
-def set_bos_in_tokenizer(tokenizer: Any, bos_id: int) -> bool:
-    """Make a fast tokenizer put BOS in front of every text, as a model whose prefix stands for BOS demands.
-
-    Returns:
-        True where it had to be changed, False where it already does so.
-
-    Raises:
-        InputError: a tokenizer without a fast backend, or one that puts another token first.
-    """
-    ids = tokenizer("a")["input_ids"]
-    if ids and ids[0] == bos_id:
-        return False
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    special = set(tokenizer.all_special_ids)
-    if backend is None or (ids and ids[0] in special):
-        why = "is not a fast tokenizer" if backend is None else f"starts texts with token {ids[0]}"
-        raise InputError(f"the tokenizer {why}, the model needs token {bos_id} first; use a tokenizer that adds it")
-    from tokenizers import Tokenizer
-
-    whole = json.loads(backend.to_str())
-    whole["post_processor"] = _with_bos(whole["post_processor"], tokenizer.convert_ids_to_tokens(bos_id), bos_id)
-    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
-    return True
-
-
-def _with_bos(processor: dict[str, Any] | None, token: str, bos_id: int) -> dict[str, Any]:
-    """A post-processor (as tokenizer.json holds it) that also puts BOS first; what it did before, it goes on doing."""
-    parts = (
-        processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
-    )
-    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
-    if template is None:
-        texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
-        template = {"type": "TemplateProcessing", "single": texts[:1], "pair": texts, "special_tokens": {}}
-        parts = [*parts, template]
-    for form in ("single", "pair"):
-        template[form] = [{"SpecialToken": {"id": token, "type_id": 0}}, *template[form]]
-    template["special_tokens"][token] = {"id": token, "ids": [bos_id], "tokens": [token]}
-    return parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}
-
-
 @dataclass(frozen=True)
 class _Call:
     """The arguments of a decoder's forward that a prefix changes."""
@@ -119,8 +77,9 @@ class _Call:
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward on a cache that starts with the prefix."""
-    names = [name for name in inspect.signature(type(self).forward).parameters if name != "self"]
-    kwargs.update(zip(names, args))
+    if args:
+        names = list(inspect.signature(type(self).forward).parameters)[1:]  # the first is self
+        kwargs.update(zip(names, args))
     store: PrefixStore = getattr(self, PREFIX_MODULE)
     config: Any = self.config
     given = kwargs.get("past_key_values")
@@ -262,8 +221,8 @@ def _check_window(config: Any, call: _Call, store: PrefixStore) -> None:
         return
     if not call.mask[:, 0].all():
         raise InputError(
-            f"the batch is padded on the left and longer than the model's sliding window of {window} tokens, over which "
-            "a stored prefix cannot be seen through the padding; run these prompts one at a time"
+            f"the batch is padded on the left and longer than the model's sliding window of {window} tokens, over "
+            "which a stored prefix cannot be seen through the padding; run these prompts one at a time"
         )
 
 

@@ -1,0 +1,161 @@
+"""Low-rank compensation: a trained correction of every weight, merged before the final rounding.
+
+MergeQuant compensates with LoRA-like matrices (digest, step 8); where they go is not said in its abstract. Here they
+are trained as in QLLM (arXiv 2310.08041: rank 4, AdamW, learning rate 5e-4, 10 epochs), with all quantizers of the
+block in the loop, and added to the folded weights before rounding, so that nothing is added at run time. The target is
+the float block's output for the same (quantized upstream) inputs.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mergequant import ops
+from mergequant.calibration import BlockContext, SiteContext
+from mergequant.errors import NumericsError, RecipeError
+from mergequant.grids import AbsMax, IntegerGrid, Quantizer
+from mergequant.steps.base import BlockStep
+from mergequant.transforms import InputScheme
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True)
+class LowRank(BlockStep):
+    """Train a low-rank correction of all linears of the block's sites against the float block's output.
+
+    Attributes:
+        rank: of every correction.
+        learning_rate, epochs: of AdamW, with cosine decay.
+        chunks: calibration chunks (of about 4096 tokens) used.
+        weight_bits: bits of the weight codes in the loop.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    rank: int = 4
+    learning_rate: float = 5e-4
+    epochs: int = 10
+    chunks: int = 4
+    weight_bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.epochs < 1 or self.chunks < 1 or self.learning_rate <= 0:
+            raise RecipeError("low_rank: rank, epochs, chunks and learning_rate must be positive")
+
+    def run(self, context: BlockContext) -> None:
+        contexts = [context.site(site) for site in context.structure.sites]
+        block, corrections = self._trainable(context, contexts)
+        chain = context.chain
+        numbers = chain.numbers("calibration")[: self.chunks]
+        inputs = [chain.hidden[number] for number in numbers]
+        targets = [chain.run(hidden) for hidden in inputs]
+        first, last = self._train(context, block, corrections, inputs, targets)
+        for own in contexts:
+            own.targets = {name: corrections[name].corrected().detach() for name in own.site.consumers}
+        context.report("block", low_rank_error_before=first, low_rank_error_after=last)
+
+    def _trainable(
+        self, context: BlockContext, contexts: list[SiteContext]
+    ) -> tuple[nn.Module, dict[str, "_CorrectedLinear"]]:
+        """A copy of the block with fake-quantized linears that carry corrections."""
+        block = copy.deepcopy(context.module)
+        corrections: dict[str, _CorrectedLinear] = {}
+        for own in contexts:
+            encode = _straight_through(own.scheme, bool(own.rotation))
+            for name in own.site.consumers:
+                old = context.linear(name)
+                folded = own.scheme.fold(own.weights[name])
+                linear = _CorrectedLinear(folded, old.bias, encode, self.rank, self.weight_bits, context.generator).to(
+                    context.device
+                )
+                corrections[name] = linear
+                path, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(path), leaf, linear)
+        return block, corrections
+
+    def _train(
+        self,
+        context: BlockContext,
+        block: nn.Module,
+        corrections: dict[str, "_CorrectedLinear"],
+        inputs: list[Tensor],
+        targets: list[Tensor],
+    ) -> tuple[float, float]:
+        """Train; returns the relative error of the block's output before and after."""
+        parameters = [parameter for linear in corrections.values() for parameter in (linear.down, linear.up)]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(inputs))
+        history: list[float] = []
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                total = 0.0
+                for hidden, target in zip(inputs, targets):
+                    output = block(hidden, **context.chain.arguments(hidden))
+                    output = output[0] if isinstance(output, tuple) else output
+                    # What the block adds to its input is what quantization can spoil.
+                    loss = (output - target).square().sum() / (target - hidden).square().sum().clamp_min(1e-30)
+                    if not torch.isfinite(loss):
+                        raise NumericsError(
+                            f"{context.name}: low-rank compensation diverged; lower low_rank.learning_rate "
+                            f"(now {self.learning_rate}) or use compensation=least_squares"
+                        )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    total += float(loss.detach())
+                history.append(total / len(inputs))
+        return history[0], history[-1]
+
+
+class _CorrectedLinear(nn.Module):
+    """y = values(x) @ quantized(W' + up @ down)^T + bias, differentiable with respect to up and down."""
+
+    def __init__(
+        self,
+        folded: Tensor,
+        bias: Tensor | None,
+        encode: Callable[[Tensor], Tensor],
+        rank: int,
+        bits: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        outputs, width = folded.shape
+        self.folded, self.bias, self.encode = folded, bias, encode
+        self.quantizer = Quantizer(IntegerGrid(bits), None, AbsMax())
+        # The correction begins at zero; its size follows each row's, so that one learning rate fits folded weights.
+        drawn = torch.randn(rank, width, generator=generator) / width**0.5
+        self.down = nn.Parameter(drawn.to(folded.device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=folded.device))
+        self.row_size = folded.square().mean(1, keepdim=True).sqrt()
+        self.scale = self.quantizer.find_scale(folded)
+
+    def corrected(self) -> Tensor:
+        """W' + up @ down (outputs, width)."""
+        return self.folded + self.row_size * (self.up @ self.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.corrected()
+        quantized = self.quantizer.encode(weight.detach(), self.scale).decode()
+        weight = weight + (quantized - weight).detach()
+        return nn.functional.linear(self.encode(x), weight, self.bias)
+
+
+def _straight_through(scheme: InputScheme, rotated: bool) -> Callable[[Tensor], Tensor]:
+    """values(x) whose gradient is that of the unrounded values."""
+
+    def encode(x: Tensor) -> Tensor:
+        if rotated:
+            # The rotation as plain matrix products: the op itself has no gradient.
+            turn = ops.rotation(x.shape[-1])
+            left, right = turn.left.to(x), turn.right.to(x)
+            x = (left.t() @ (x.reshape(-1, left.shape[0], right.shape[0]) @ right)).reshape(x.shape)
+        exact = scheme.exact_values(x)
+        return exact + (scheme.values(x.detach()) - exact).detach()
+
+    return encode
