@@ -1,30 +1,49 @@
-"""A tokenizer that adds BOS by itself."""
+"""A tokenizer that puts BOS first by itself: what a model needs whose prefix stands for BOS."""
 
-import copy
+import json
+from typing import Any
 
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from mergequant.errors import InputError
 
-from mergequant.errors import DataError
-
-__all__ = ["add_bos"]
+__all__ = ["set_bos_in_tokenizer"]
 
 
-def add_bos(tokenizer: PreTrainedTokenizerBase, bos_id: int) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer whose plain call begins every text with `bos_id`; the same one if it does already.
+def set_bos_in_tokenizer(tokenizer: Any, bos_id: int) -> bool:
+    """Make a fast tokenizer put BOS in front of every text, as a model whose prefix stands for BOS demands.
+
+    Returns:
+        True where it had to be changed, False where it already does so.
 
     Raises:
-        DataError: a slow tokenizer that does not add BOS; it has no post-processor to change.
+        InputError: a tokenizer without a fast backend, or one that puts another token first.
     """
-    if tokenizer("a").input_ids[:1] == [bos_id]:
-        return tokenizer
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise DataError(
-            f"{type(tokenizer).__name__} adds no BOS and cannot be told to; save it as a fast one (tokenizer.json)"
-        )
-    changed = copy.deepcopy(tokenizer)
-    bos = changed.convert_ids_to_tokens(bos_id)
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)]
+    ids = tokenizer("a")["input_ids"]
+    if ids and ids[0] == bos_id:
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    special = set(tokenizer.all_special_ids)
+    if backend is None or (ids and ids[0] in special):
+        why = "is not a fast tokenizer" if backend is None else f"starts texts with token {ids[0]}"
+        raise InputError(f"the tokenizer {why}, the model needs token {bos_id} first; use a tokenizer that adds it")
+    from tokenizers import Tokenizer
+
+    whole = json.loads(backend.to_str())
+    whole["post_processor"] = _with_bos(whole["post_processor"], tokenizer.convert_ids_to_tokens(bos_id), bos_id)
+    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
+    return True
+
+
+def _with_bos(processor: dict[str, Any] | None, token: str, bos_id: int) -> dict[str, Any]:
+    """A post-processor (as tokenizer.json holds it) that also puts BOS first; what it did before, it goes on doing."""
+    parts = (
+        processor["processors"] if processor and processor["type"] == "Sequence" else [processor] if processor else []
     )
-    return changed
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    if template is None:
+        texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+        template = {"type": "TemplateProcessing", "single": texts[:1], "pair": texts, "special_tokens": {}}
+        parts = [*parts, template]
+    for form in ("single", "pair"):
+        template[form] = [{"SpecialToken": {"id": token, "type_id": 0}}, *template[form]]
+    template["special_tokens"][token] = {"id": token, "ids": [bos_id], "tokens": [token]}
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}

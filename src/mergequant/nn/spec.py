@@ -139,7 +139,9 @@ class NormSpec(Spec):
 
     def validate(self, where: str) -> None:
         if self.channels < 1 or self.width < 1 or self.bits not in SUPPORTED_BITS or not 0 <= self.eps < math.inf:
-            raise CheckpointError(f"{where}: widths must be positive, bits one of {SUPPORTED_BITS}, eps finite and >= 0")
+            raise CheckpointError(
+                f"{where}: widths must be positive, bits one of {SUPPORTED_BITS}, eps finite and >= 0"
+            )
         if self.width != self.channels and not self.gathers:
             raise CheckpointError(f"{where}: width {self.width} differs from {self.channels} without a gather index")
 

@@ -1,12 +1,13 @@
 """Tokenizer and generation files of a checkpoint."""
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
 from mergequant.data import Windows
-from mergequant.data.tokenizer import add_bos
+from mergequant.data.tokenizer import set_bos_in_tokenizer
 from mergequant.models import ModelShell
 
 __all__ = ["bos_of", "tokenizer_files"]
@@ -38,7 +39,9 @@ def tokenizer_files(
         files["generation_config.json"] = generation.to_json_string()
     needs_bos = prefix is not None and prefix[1]
     if shell.folder is None or needs_bos:
-        written = add_bos(tokenizer, prefix[0][0]) if needs_bos and prefix is not None else tokenizer
+        written = copy.deepcopy(tokenizer)
+        if prefix is not None and needs_bos:
+            set_bos_in_tokenizer(written, prefix[0][0])
         with TemporaryDirectory() as folder:
             written.save_pretrained(folder)
             for path in Path(folder).iterdir():

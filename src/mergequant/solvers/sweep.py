@@ -44,8 +44,8 @@ class InverseFactor:
 def invert_hessian(hessian: Tensor, *, damping: float = 0.01, activation_order: bool = True) -> InverseFactor:
     """Factor the inverse of a raw-sum Hessian (width, width).
 
-    Dead columns get the mean of the other diagonal elements, so that they do not sway the damping. `damping` times the mean diagonal is added, and raised threefold until the
-    factorization succeeds; the result says so.
+    Dead columns get the mean of the other diagonal elements, so that they do not sway the damping. `damping` times the
+    mean diagonal is added, and raised threefold until the factorization succeeds; the result says so.
 
     Raises:
         NumericsError: the Hessian is not finite, or no damping up to 1000 makes it positive definite.

@@ -102,7 +102,8 @@ def _migrate(context: SiteContext, scheme: ChannelScheme) -> bool:
     channel = torch.tensor(producer.channel, device=scheme.step.device)
     step = torch.zeros(producer.rows.stop - producer.rows.start, device=scheme.step.device)
     step[channel] = scheme.step  # the channels of one row have one step: `tie_channels`
-    factor = torch.where(step > 0, 1 / step, torch.zeros_like(step))
+    # A dead row keeps its scale: its codes meet weights of zero.
+    factor = torch.where(step > 0, 1 / step, torch.ones_like(step))
     context.block.absorb(producer, factor)
     if context.site.kind == "attention_output":
         context.block.absorb_in_prefix(factor)

@@ -3,11 +3,11 @@
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from mergequant.checkpoint import QUANT_METHOD
+from mergequant.data.tokenizer import set_bos_in_tokenizer
 from mergequant.integrations.transformers.config import MergeQuantConfig
 from mergequant.integrations.transformers.load import load
 from mergequant.integrations.transformers.prefix import install_prefix
 from mergequant.integrations.transformers.quantizer import MergeQuantQuantizer, quantize_skeleton
-from mergequant.integrations.transformers.tokenizer import set_bos_in_tokenizer
 
 __all__ = [
     "MergeQuantConfig",
