@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -119,6 +120,8 @@ def machine(device: str) -> dict[str, str]:
     }
     if device == "cuda":
         found["cuda"] = str(torch.version.cuda)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     return found
 
 
@@ -142,6 +145,7 @@ def main() -> None:
         "evaluation": f"first {arguments.windows} windows of {SEQLEN} tokens with BOS of each text",
     }
     known["machine"] = machine(arguments.device)
+    known["order"] = list(SUITES["all"])
     known["command"] = "python benchmarks/accuracy.py " + " ".join(
         f"--{key} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
         for key, value in vars(arguments).items()

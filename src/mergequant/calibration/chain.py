@@ -5,12 +5,12 @@ until the end, compared with the reloaded checkpoint). With a prefix, every chun
 values, and a window's own BOS, which the prefix stands for, is not run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -121,12 +121,9 @@ class Chain:
         return self.shell.logits(self._run_tokens(self.chunks[number].tokens), self.hidden[number])
 
     def prefix_output(self) -> Tensor:
-        """Final hidden states of the prefix (P, channels), after the last norm."""
+        """What the decoder gives for the prefix after its last block (P, channels): normed, projected, as it does."""
         prefix = self._require_prefix()
-        name = self.shell.final_norm_name
-        norm: Callable[[Tensor], Tensor] = nn.Identity() if name is None else self.shell.model.get_submodule(name)
-        with torch.no_grad():
-            return norm(prefix.hidden)[0]
+        return self.shell.final_hidden(prefix.tokens, prefix.hidden)[0]
 
     def close(self) -> None:
         """Free the hidden states."""

@@ -205,9 +205,11 @@ class SiteContext:
         share = max(tokens // max(total, 1), 1)
         picked = []
         for chunk in self.chunks(role):
-            stride = max(chunk.shape[0] // share, 1)
-            picked.append(chunk[stride // 2 :: stride][:share])
-        return torch.cat(picked)
+            rows, count = chunk.shape[0], min(share, chunk.shape[0])
+            # The middles of `count` equal stretches; a whole stride would leave out the end of the chunk.
+            middles = (2 * torch.arange(count, device=chunk.device) + 1) * rows // (2 * count)
+            picked.append(chunk[middles])
+        return torch.cat(picked)[:tokens]
 
     def stacked_weight(self) -> Tensor:
         """Weights of all consumers, one under the other (outputs, width)."""

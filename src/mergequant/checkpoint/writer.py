@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +120,12 @@ class CheckpointWriter:
         return read_json(self._written(index)[1])["record"]
 
     def finish(
-        self, *, tail: Mapping[str, Tensor], config: dict[str, Any], files: Mapping[str, bytes | str | Path]
+        self,
+        *,
+        tail: Mapping[str, Tensor],
+        config: dict[str, Any],
+        files: Mapping[str, bytes | str | Path],
+        verify: Callable[[Path], None] | None = None,
     ) -> Path:
         """Join blocks and tail into shards, write the config last, check all of it, and move the folder to `out`.
 
@@ -128,6 +133,8 @@ class CheckpointWriter:
             tail: tensors outside the blocks (embeddings, final norm, head, prefix), by full name.
             config: the whole config.json with `quantization_config`; the fingerprint is added to its provenance.
             files: further files by plain name: their content, or the path of a file to copy.
+            verify: called with the folder while it is still a part of `<out>.partial/`; what it raises keeps the
+                checkpoint from appearing at `out`.
 
         Returns:
             `out`.
@@ -152,6 +159,9 @@ class CheckpointWriter:
             write_json(final / CONFIG_NAME, config)
             sync_folder(final)
             open_checkpoint(final).validate()
+        if verify is not None:
+            verify(final)
+        with disk_errors(self.out):
             self._publish(final)
         self.finished = True
         self._empty_partial(keep_lock=False)

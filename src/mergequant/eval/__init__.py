@@ -1,8 +1,8 @@
 """Measure quality: perplexity, distance to the float model, size, zero-shot tasks."""
 
-from mergequant.eval.evaluate import evaluate
+from mergequant.eval.evaluate import evaluate, load_model, load_tokenizer
 from mergequant.eval.perplexity import Divergence, Likelihood, Scores, score
-from mergequant.eval.report import ModelReport, Report, results_table
+from mergequant.eval.report import ModelReport, Report, human_bytes, results_table
 from mergequant.eval.size import Size, folder_size, memory_size
 
 __all__ = [
@@ -14,6 +14,9 @@ __all__ = [
     "Size",
     "evaluate",
     "folder_size",
+    "human_bytes",
+    "load_model",
+    "load_tokenizer",
     "memory_size",
     "results_table",
     "score",

@@ -24,7 +24,7 @@ from mergequant.eval.perplexity import Scores, score
 from mergequant.eval.report import ModelReport, Report
 from mergequant.eval.size import Size, folder_size, memory_size
 
-__all__ = ["TaskRunner", "evaluate"]
+__all__ = ["TaskRunner", "evaluate", "load_model", "load_tokenizer"]
 
 ModelLike = PreTrainedModel | str | Path
 TaskRunner = Callable[..., dict[str, dict[str, Any]]]
@@ -53,13 +53,14 @@ def evaluate(
 
     model, against: a folder or a loaded model; `against` is the float model, which is run in float32 when given as a
         folder.
-    dtype: of a quantized folder's hidden states; None runs it as it is saved.
     data: as `--data`; the first `samples` windows of `seqlen` tokens from the start of the text (None: all). `self`
         samples them from `against` (or from `model` if that is the float one), with random numbers that calibration
         never uses.
     stride: text tokens between windows, for sliding windows. bos: "auto" puts BOS first if the tokenizer has one.
     tasks: zero-shot tasks of `mergequant.integrations.lm_eval`; task_data: folder with their files;
         task_samples: items per task.
+    dtype: of the hidden states of `model` when it is given as a folder (None: as saved, float32 for a float model);
+        `against` stays in float32.
     tokenizer: needed for loaded models only, and then only if their `name_or_path` is no folder.
 
     Raises `OverlapError`, before anything is computed, when the data overlaps the calibration or held-out data that the
@@ -68,7 +69,7 @@ def evaluate(
     spec = as_data_spec(data)
     configs = [_config(model), *([_config(against)] if against is not None else [])]
     check_seqlen(seqlen, min((n for c in configs if (n := _max_positions(c)) is not None), default=None))
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer(model)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
     names = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
     run_tasks = _task_runner() if names else None  # a missing library should not show after an hour of work
@@ -79,18 +80,18 @@ def evaluate(
             raise UsageError(
                 "--data self samples text from the float model; give it with --against MODEL, or give a text file."
             )
-        loaded_float = _load(against if against is not None else model, device)
+        loaded_float = load_model(model, device, dtype) if against is None else load_model(against, device)
     windows = head_windows(
         spec, tokenizer, samples=samples, seqlen=seqlen, bos=bos, stride=stride, model=loaded_float, seed=seed
     )
     overlap_checked = _refuse_overlap(windows, _quantization(configs[0]))
 
     if against is None:
-        scored = loaded_float if loaded_float is not None else _load(model, device, dtype)
+        scored = loaded_float if loaded_float is not None else load_model(model, device, dtype)
         exact = None
     else:
-        scored = _load(model, device, dtype)
-        exact = loaded_float if loaded_float is not None else _load(against, device)
+        scored = load_model(model, device, dtype)
+        exact = loaded_float if loaded_float is not None else load_model(against, device)
     scores = score(scored, windows, batch_size=batch_size, against=exact, device=device)
 
     task_results: dict[str, dict[str, Any]] = {}
@@ -191,7 +192,14 @@ def _is_quantized(config: Any) -> bool:
     return bool(_quantization(config))
 
 
-def _load(model: ModelLike, device: torch.device | str | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    model: ModelLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A quantized or float model from a folder, in evaluation mode; a model in memory is returned as it is.
+
+    dtype: None takes the saved one for a quantized folder, float32 for a float one. Raises `ModelError` and
+    `CheckpointError`.
+    """
     if isinstance(model, PreTrainedModel):
         return model
     folder = _need_folder(model)
@@ -201,7 +209,7 @@ def _load(model: ModelLike, device: torch.device | str | None, dtype: torch.dtyp
         loaded = mergequant.load(folder, dtype=dtype)
     else:
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"Model {str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}).") from error
     if device is not None:
@@ -209,7 +217,8 @@ def _load(model: ModelLike, device: torch.device | str | None, dtype: torch.dtyp
     return loaded.eval()
 
 
-def _tokenizer(model: ModelLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelLike) -> PreTrainedTokenizerBase:
+    """Tokenizer of the folder that a model was given as, or was loaded from. Raises `UsageError`, `ModelError`."""
     folder = _folder(model)
     if folder is None:
         raise UsageError("The model was not loaded from a folder, so its tokenizer is unknown; pass tokenizer=...")

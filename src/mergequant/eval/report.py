@@ -11,7 +11,7 @@ from rich.table import Table
 from mergequant.eval.perplexity import Divergence, Likelihood
 from mergequant.eval.size import Size
 
-__all__ = ["ModelReport", "Report", "results_table"]
+__all__ = ["ModelReport", "Report", "human_bytes", "results_table"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _row(model: ModelReport, distance: Divergence | None) -> list[str]:
         f"{distance.kl_p99:.3f}" if distance else "-",
         f"{distance.top1_agreement:.1%}" if distance else "-",
         f"{model.size.bits_per_parameter:.2f}",
-        _bytes(model.size.bytes),
+        human_bytes(model.size.bytes),
         f"{shown.tokens_per_second:,.0f}",
     ]
 
@@ -122,7 +122,8 @@ def _accuracy(value: Mapping[str, Any] | None) -> str:
     return "-" if value is None else f"{value['accuracy']:.3f} ± {value['standard_error']:.3f}"
 
 
-def _bytes(count: int) -> str:
+def human_bytes(count: float) -> str:
+    """A number of bytes with three digits and a decimal unit: 6.9 MB."""
     size = float(count)
     for unit in ("B", "KB", "MB"):
         if size < 1000:

@@ -231,6 +231,28 @@ class ModelShell:
         """
         return self._pass_through(input_ids, leaving=hidden)[0]
 
+    @torch.no_grad()
+    def final_hidden(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the module that owns the blocks returns (B, T, channels) when `hidden` leaves its last block.
+
+        Raises StructureError when it returns no `last_hidden_state`.
+        """
+        owner = self.model.get_submodule(self.block_names[0].rpartition(".")[0].rpartition(".")[0])
+        found: list[torch.Tensor | None] = []
+        handle = owner.register_forward_hook(
+            lambda _module, _args, output: found.append(getattr(output, "last_hidden_state", None))
+        )
+        try:
+            self._pass_through(input_ids, leaving=hidden)
+        finally:
+            handle.remove()
+        if not found or found[-1] is None:
+            raise StructureError(
+                f"{type(owner).__name__} returns no last_hidden_state, which a stored prefix needs; choose a recipe "
+                "without a prefix (other=dynamic)."
+            )
+        return found[-1]
+
     def _pass_through(
         self, input_ids: torch.Tensor, *, cache: Cache | None = None, leaving: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:

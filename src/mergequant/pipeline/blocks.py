@@ -35,6 +35,9 @@ def quantize_block(context: BlockContext, recipe: Recipe) -> None:
                 for step in acting:
                     step.run(own)
                 own.close()
+                if own.solutions:  # rounded: its float weights and targets are not needed any more
+                    del context.sites[site.name]
+    context.sites.clear()  # context and sites hold each other; memory must not wait for the garbage collector
 
 
 def block_layers(name: str, block: nn.Module) -> dict[str, LinearSpec | NormSpec]:

@@ -1,5 +1,6 @@
 """The plan of a run: what would be done to which layer, what it would take, which backend would run it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from mergequant import ops
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.pipeline.blocks import outside_tensors
 from mergequant.recipes import Recipe
-from mergequant.steps import Round, SiteStep
+from mergequant.steps import Ranges, Rotate, Round, SiteStep, TensorInput, TokenInput
 
 __all__ = ["Plan", "SitePlan", "make_plan"]
 
@@ -17,13 +18,19 @@ STREAM_FLOPS = 6e10  # float32 multiply-adds a second that two CPU cores reach; 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One site of one block: its linears, their shapes, and the names of the steps that act on it."""
+    """One site of one block: its linears, their shapes, the names of the steps that act on it, and what these make.
+
+    Attributes:
+        weights, inputs: scheme of the linears' weights and of their common input, in words; "float" = left alone.
+    """
 
     block: str
     site: str
     kind: str
     linears: dict[str, tuple[int, ...]]
     steps: tuple[str, ...]
+    weights: str
+    inputs: str
     static_migration: bool
 
 
@@ -77,9 +84,11 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
         shapes = shell.block_parameters(index)
         largest_block = max(largest_block, sum(_count(shape) for shape in shapes.values()))
         for site in structure.sites:
-            acting = tuple(step.name for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site))
+            acting = [step for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site)]
             linears = {name: shapes[f"{name}.weight"] for name in site.consumers}
-            sites.append(SitePlan(block, site.name, site.kind, linears, acting, site.producer is not None))
+            names = tuple(step.name for step in acting)
+            scheme = _weight_scheme(acting), _input_scheme(acting)
+            sites.append(SitePlan(block, site.name, site.kind, linears, names, *scheme, site.producer is not None))
             if not any(step.applies_to(site) for step in rounding):
                 kept |= {f"{block}.{name}": "no rounding step acts on its site" for name in linears}
                 continue
@@ -106,6 +115,27 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
         work / STREAM_FLOPS,
         backends,
     )
+
+
+def _weight_scheme(acting: Sequence[SiteStep]) -> str:
+    last = next((step for step in reversed(acting) if isinstance(step, Round)), None)
+    if last is None:
+        return "float"
+    return f"int{last.bits} {f'groups of {last.group_size}' if last.group_size else 'per row'}, {last.method}"
+
+
+def _input_scheme(acting: Sequence[SiteStep]) -> str:
+    if not any(isinstance(step, Round) for step in acting):
+        return "float"
+    words = ["Hadamard"] if any(isinstance(step, Rotate) for step in acting) else []
+    for step in acting:
+        if isinstance(step, Ranges):
+            words.append(f"int{step.bits} static per channel")
+        elif isinstance(step, TensorInput):
+            words.append(f"int{step.bits} static per tensor")
+        elif isinstance(step, TokenInput):
+            words.append(f"int{step.bits} dynamic per token")
+    return ", ".join(words) or "float"
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -10,20 +10,22 @@ import math
 import platform
 import shutil
 import time
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import InitVar, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import mergequant
-from mergequant.calibration import BlockContext, Chain, StorePolicy, chunked
+from mergequant.calibration import BlockContext, Chain, Chunk, StorePolicy, chunked
 from mergequant.checkpoint import (
     FORMAT_VERSION,
     PREFIX_MODULE,
@@ -34,8 +36,8 @@ from mergequant.checkpoint import (
     model_card,
     open_checkpoint,
 )
-from mergequant.data import DataLike, Windows, as_data_spec, check_seqlen, draw_splits, sketch, sketch_to_json
-from mergequant.errors import ModelError, StructureError, UsageError
+from mergequant.data import DataLike, DataSpec, Windows, as_data_spec, check_seqlen, draw_splits, sketch, sketch_to_json
+from mergequant.errors import StructureError, UsageError
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.nn import PrefixSpec
 from mergequant.pipeline.blocks import (
@@ -48,7 +50,7 @@ from mergequant.pipeline.blocks import (
 )
 from mergequant.pipeline.plan import Plan, make_plan
 from mergequant.pipeline.prefix import choose_prefix
-from mergequant.pipeline.tokenizer import bos_of, tokenizer_files
+from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
 from mergequant.pipeline.verify import verify_checkpoint
 from mergequant.recipes import Recipe, load_recipe
 
@@ -91,7 +93,11 @@ class Quantized:
 
     folder: Path
     figures: dict[str, Any]
-    _temporary: TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _temporary: InitVar[ExitStack | None] = None
+
+    def __post_init__(self, _temporary: ExitStack | None) -> None:
+        if _temporary is not None:
+            weakref.finalize(self, _temporary.close)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -180,45 +186,54 @@ def quantize(
     seqlen = _seqlen(seqlen, shell)
     if samples < 1:
         raise UsageError(f"--samples {samples}: calibration needs at least one window")
-    tokenizer = tokenizer or _tokenizer(shell)
+    spec = as_data_spec(data)
+    words = tokenizer if tokenizer is not None else find_tokenizer(shell, spec)
     reporter.phase("drawing calibration data")
-    windows, held_out = _draw(data, model, shell, tokenizer, samples, seqlen, seed, bos)
+    windows, held_out = _draw(spec, model, shell, words, samples, seqlen, seed, bos)
     policy = policy or StorePolicy(torch.device(device))
     reporter.phase("looking for the prefix" if chosen.prefix == "auto" else "preparing")
-    prefix = choose_prefix(chosen.prefix, shell, structures, windows.tokens, bos_of(tokenizer, windows), policy)
+    prefix = choose_prefix(chosen.prefix, shell, structures, windows.tokens, bos_of(words, windows), policy)
     fingerprint = _fingerprint(shell, chosen, windows, held_out, seed)
-    temporary = TemporaryDirectory(prefix="mergequant-") if out is None else None
-    target = Path(out) if out is not None else Path(temporary.name) / "checkpoint"  # type: ignore[union-attr]
 
-    with CheckpointWriter(target, fingerprint, resume=resume) as writer:
-        if not writer.finished:
-            chunks = [*chunked(windows.tokens, "calibration"), *chunked(held_out.tokens, "held_out")]
-            chunks += chunked(held_out.tokens[:VERIFY_WINDOWS], "verify")
-            chain = Chain(shell, chunks, policy, prefix)
-            collected = _run_blocks(writer, chain, structures, chosen, seed, reporter)
-            expected = chain.logits(len(chunks) - 1)
-            tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
-            quantization = _describe(shell, chosen, windows, held_out, seed, fingerprint, collected)
-            if prefix is not None:
-                tail |= _prefix_tail(chain, collected)
-                quantization["prefix"] = _prefix_spec(chain, tail, prefix).to_dict()
-            quantization["figures"]["seconds"] = round(time.perf_counter() - started, 1)
-            chain.close()
-            config = {**shell.config.to_dict(), "quantization_config": quantization}
-            config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
-            files = tokenizer_files(tokenizer, shell, prefix)
-            card = model_card(target.name, Quantization.from_dict(quantization), base=_base_name(shell))
-            reporter.phase("writing")
-            writer.finish(tail=tail, config=config, files={**files, "README.md": card})
-            reporter.phase("verifying")
-            checkpoint = open_checkpoint(target)
-            own = Chain(shell, list(chunked(held_out.tokens[:VERIFY_WINDOWS], "verify")), policy, prefix)
-            verify_checkpoint(checkpoint, own, expected)
-            own.close()
-    checkpoint = open_checkpoint(target)
-    checkpoint.validate()
-    figures = {**checkpoint.quantization.figures, **count_bits(target)}
-    return Quantized(target, figures, temporary)
+    with ExitStack() as stack:
+        target = (
+            Path(out)
+            if out is not None
+            else Path(stack.enter_context(TemporaryDirectory(prefix="mergequant-"))) / "checkpoint"
+        )
+        with CheckpointWriter(target, fingerprint, resume=resume) as writer:
+            if not writer.finished:
+                chunks = [*chunked(windows.tokens, "calibration"), *chunked(held_out.tokens, "held_out")]
+                kept_apart = Chunk(held_out.tokens[:VERIFY_WINDOWS], "verify")
+                chunks.append(kept_apart)
+                chain = Chain(shell, chunks, policy, prefix)
+                collected = _run_blocks(writer, chain, structures, chosen, seed, reporter)
+                expected = chain.logits(len(chunks) - 1)
+                tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
+                quantization = _describe(shell, chosen, windows, held_out, seed, fingerprint, collected)
+                if prefix is not None:
+                    tail |= _prefix_tail(chain, collected)
+                    quantization["prefix"] = _prefix_spec(chain, tail, prefix).to_dict()
+                chain.close()
+                config = {**shell.config.to_dict(), "quantization_config": quantization}
+                config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
+                files = tokenizer_files(words, shell, prefix)
+                card = model_card(target.name, Quantization.from_dict(quantization), base=_base_name(shell))
+
+                def verify(folder: Path) -> None:
+                    reporter.phase("verifying")
+                    own = Chain(shell, [kept_apart], policy, prefix)
+                    verify_checkpoint(open_checkpoint(folder), own, expected)
+                    own.close()
+
+                reporter.phase("writing")
+                writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
+        checkpoint = open_checkpoint(target)
+        checkpoint.validate()
+        figures = {**checkpoint.quantization.figures, **count_bits(target)}
+        # Not in the checkpoint, which must come out the same whether or not the run was interrupted.
+        figures["seconds"] = round(time.perf_counter() - started, 1)
+        return Quantized(target, figures, stack.pop_all())
 
 
 def _run_blocks(
@@ -292,29 +307,17 @@ def _check_sites(recipe: Recipe, structures: list[BlockStructure], shell: ModelS
             )
 
 
-def _tokenizer(shell: ModelShell) -> PreTrainedTokenizerBase:
-    if shell.folder is None:
-        raise UsageError(
-            "a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(shell.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{shell.folder}: no usable tokenizer ({error}); put the tokenizer's files there") from error
-
-
 def _draw(
-    data: DataLike,
+    spec: DataSpec,
     model: str | Path | PreTrainedModel,
     shell: ModelShell,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | NoTokenizer,
     samples: int,
     seqlen: int,
     seed: int,
     bos: bool | None,
 ) -> tuple[Windows, Windows]:
     """Calibration and held-out windows; the float model is loaded whole only if the data are sampled from it."""
-    spec = as_data_spec(data)
     sampler: PreTrainedModel | None = None
     if spec.needs_model:
         if isinstance(model, PreTrainedModel):
@@ -325,7 +328,7 @@ def _draw(
             sampler = loaded.eval()
     return draw_splits(
         spec,
-        tokenizer,
+        cast(PreTrainedTokenizerBase, tokenizer),  # ready tokens ask it for its BOS id only
         samples=samples,
         held_out=_held_out(samples),
         seqlen=seqlen,

@@ -1,27 +1,63 @@
-"""Tokenizer and generation files of a checkpoint."""
+"""The tokenizer of a run, and the tokenizer and generation files of a checkpoint."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mergequant.data import Windows
+from mergequant.data.spec import DataSpec, TokenSource
 from mergequant.data.tokenizer import set_bos_in_tokenizer
+from mergequant.errors import ModelError, UsageError
 from mergequant.models import ModelShell
 
-__all__ = ["bos_of", "tokenizer_files"]
+__all__ = ["NoTokenizer", "bos_of", "find_tokenizer", "tokenizer_files"]
 
 NOT_COPIED = ("config.json", "README.md")
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def bos_of(tokenizer: PreTrainedTokenizerBase, windows: Windows) -> int | None:
+@dataclass(frozen=True)
+class NoTokenizer:
+    """What stands in where all data are ready tokens and the model has no tokenizer: all it knows is the BOS id."""
+
+    bos_token_id: int | None
+
+
+def find_tokenizer(shell: ModelShell, spec: DataSpec) -> PreTrainedTokenizerBase | NoTokenizer:
+    """The tokenizer in the model's folder. Ready tokens need none, so that it may be missing then.
+
+    Raises:
+        UsageError: a model in memory, and data that need a tokenizer.
+        ModelError: the folder holds no tokenizer, or a broken one. (transformers would make up an empty one for some
+            families, which turns every text into nothing.)
+    """
+    folder = shell.folder
+    held = folder is not None and any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern))
+    if not held and all(isinstance(part.source, TokenSource) for part in spec.parts):
+        bos = getattr(shell.config.get_text_config(), "bos_token_id", None)
+        return NoTokenizer(bos if isinstance(bos, int) else None)
+    if folder is None:
+        raise UsageError(
+            "a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
+    if not held:
+        raise ModelError(f"{folder}: no tokenizer there; put the tokenizer's files into the folder, or pass tokenizer=")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no usable tokenizer ({error}); put the tokenizer's files there") from error
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase | NoTokenizer, windows: Windows) -> int | None:
     """The BOS id that the windows begin with; None if they do not."""
     return tokenizer.bos_token_id if windows.begins_with_bos else None
 
 
 def tokenizer_files(
-    tokenizer: PreTrainedTokenizerBase, shell: ModelShell, prefix: tuple[list[int], bool] | None
+    tokenizer: PreTrainedTokenizerBase | NoTokenizer, shell: ModelShell, prefix: tuple[list[int], bool] | None
 ) -> dict[str, bytes | str | Path]:
     """Everything that makes the model's folder complete besides weights, config and card.
 
@@ -38,7 +74,7 @@ def tokenizer_files(
     if generation is not None and "generation_config.json" not in files:
         files["generation_config.json"] = generation.to_json_string()
     needs_bos = prefix is not None and prefix[1]
-    if shell.folder is None or needs_bos:
+    if not isinstance(tokenizer, NoTokenizer) and (shell.folder is None or needs_bos):
         written = copy.deepcopy(tokenizer)
         if prefix is not None and needs_bos:
             set_bos_in_tokenizer(written, prefix[0][0])

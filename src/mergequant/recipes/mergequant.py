@@ -54,7 +54,7 @@ def mergequant(
     weight_bits: int = 4,
     activation_bits: int = 4,
     quantile: float = 1.0,
-    split: float | Literal["auto"] = 0.05,
+    split: float | Literal["auto"] = "auto",
     strength: Literal["step", "column"] = "step",
     stagger: bool = False,
     width: Width = "prune",

@@ -2,20 +2,21 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
 from mergequant.errors import RecipeError
-from mergequant.steps import Step, near_name, step_from_dict
+from mergequant.steps import Step, fitting, near_name, step_from_dict
 
 __all__ = [
     "_REGISTER",
     "Figure",
     "PrefixChoice",
     "Recipe",
+    "describe_recipe",
     "get_recipe",
     "list_recipes",
     "load_recipe",
@@ -63,6 +64,8 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r} has no steps")
         if isinstance(self.prefix, str) and self.prefix not in PREFIX_WORDS:
             raise RecipeError(f"recipe {self.name!r}: prefix {self.prefix!r}{near_name(self.prefix, PREFIX_WORDS)}")
+        if not self.prefix:
+            raise RecipeError(f"recipe {self.name!r}: the prefix holds no token; say prefix=none")
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Recipe":
         """The recipe with other parameters ("split": 0) or step parameters ("clip.mode": "none").
@@ -76,6 +79,12 @@ class Recipe:
             if not self.parameters:
                 key = next(iter(flat))
                 raise RecipeError(f"recipe {self.name!r} is written as steps; address one as step.{key}=value")
+            unchanged = get_recipe(self.name, **self.parameters)
+            if (unchanged.steps, unchanged.prefix) != (self.steps, self.prefix):
+                raise RecipeError(
+                    f"recipe {self.name!r}: its steps were changed one by one, which {', '.join(flat)} would undo; "
+                    "give all settings at once, or address steps as step.key=value"
+                )
             recipe = get_recipe(self.name, **{**self.parameters, **flat})
         for key, value in settings.items():
             if "." in key:
@@ -106,6 +115,9 @@ class Recipe:
         """
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: a recipe is a mapping, found {type(data).__name__}")
+        for key in data:
+            if not isinstance(key, str):
+                raise RecipeError(f"{where}: key {key!r} is not a word; write it in quotes")
         if "recipe" in data:
             settings = {key: value for key, value in data.items() if key != "recipe"}
             return get_recipe(str(data["recipe"])).with_settings(settings)
@@ -115,14 +127,17 @@ class Recipe:
                 raise RecipeError(f"{where}: unknown key {key!r}{near_name(str(key), known)}")
         if not isinstance(data.get("steps"), list):
             raise RecipeError(f"{where}: give 'recipe: NAME' with parameters, or a list 'steps'")
-        prefix = data.get("prefix", "none")
+        parameters = data.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise RecipeError(f"{where}: 'parameters' is a mapping, found {type(parameters).__name__}")
+        expected = data.get("expected") or []
         return cls(
             str(data.get("name", "custom")),
             str(data.get("paper", "")),
             tuple(step_from_dict(step, f"{where}, step {number}") for number, step in enumerate(data["steps"], 1)),
-            tuple(prefix) if isinstance(prefix, list) else prefix,
-            {key: tuple(v) if isinstance(v, list) else v for key, v in (data.get("parameters") or {}).items()},
-            tuple(Figure(**figure) for figure in data.get("expected") or ()),
+            fitting(data.get("prefix", "none"), PrefixChoice, f"{where}, prefix"),
+            {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()},
+            tuple(_figure(figure, where) for figure in expected),
         )
 
     @classmethod
@@ -170,10 +185,11 @@ def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ())
 
     def register(builder: Builder) -> Builder:
         taken = _REGISTER.get(name)
-        if taken is not None and taken.builder.__qualname__ != builder.__qualname__:
+        new = f"{builder.__module__}.{builder.__qualname__}"
+        if taken is not None and f"{taken.builder.__module__}.{taken.builder.__qualname__}" != new:
             raise RecipeError(
                 f"recipe name {name!r} is taken by {taken.builder.__module__}.{taken.builder.__qualname__}; "
-                f"{builder.__module__}.{builder.__qualname__} needs another"
+                f"{new} needs another"
             )
         _REGISTER[name] = _Registered(builder, paper, expected)
         return builder
@@ -184,6 +200,12 @@ def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ())
 def list_recipes() -> list[str]:
     """Names of all registered recipes, sorted."""
     return sorted(_REGISTER)
+
+
+def describe_recipe(name: str) -> str:
+    """What a registered recipe does and what its parameters mean; the first line is a summary. Raises RecipeError."""
+    get_recipe(name)
+    return inspect.getdoc(_REGISTER[name].builder) or ""
 
 
 def get_recipe(name: str, **parameters: Any) -> Recipe:
@@ -201,7 +223,7 @@ def get_recipe(name: str, **parameters: Any) -> Recipe:
     for key, value in parameters.items():
         if key not in values:
             raise RecipeError(f"recipe {name!r} has no parameter {key!r}{near_name(key, values)}")
-        values[key] = _fitting(value, hints[key], f"recipe {name!r}, {key}")
+        values[key] = fitting(value, hints[key], f"recipe {name!r}, {key}")
     steps, prefix = entry.builder(**values)
     return Recipe(name, entry.paper, steps, prefix, values, entry.expected)
 
@@ -222,22 +244,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     return get_recipe(name_or_path)
 
 
-def _fitting(value: Any, hint: Any, where: str) -> Any:
-    """The value as the type that a builder's parameter asks for, or RecipeError."""
-    if isinstance(value, list):
-        value = tuple(value)
-    options = get_args(hint) if get_origin(hint) not in (Literal, tuple) and get_args(hint) else (hint,)
-    for option in options:
-        if get_origin(option) is Literal:
-            if value in get_args(option) and type(value) in {type(item) for item in get_args(option)}:
-                return value
-        elif get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(type(item) is get_args(option)[0] for item in value):
-                return value
-        elif option is float and type(value) in (int, float):
-            return float(value)
-        elif type(value) is option:
-            return value
-    words = [repr(item) for option in options if get_origin(option) is Literal for item in get_args(option)]
-    kinds = [getattr(option, "__name__", str(option)) for option in options if get_origin(option) is not Literal]
-    raise RecipeError(f"{where}: {value!r} does not fit; allowed: {', '.join(words + kinds)}")
+def _figure(data: Any, where: str) -> Figure:
+    names = [field.name for field in fields(Figure)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        raise RecipeError(f"{where}: an expected figure is a mapping with the keys {', '.join(names)}, found {data!r}")
+    return Figure(**data)

@@ -26,6 +26,12 @@ class Solution:
     damping: float = 0.0
     attempts: int = 0
 
+    def rows(self, start: int, stop: int) -> "Solution":
+        """Rows start..stop of the weight, as a solution of their own."""
+        whole = self.quantized
+        part = QTensor(whole.codes[start:stop], whole.scale[start:stop], whole.grid)
+        return Solution(part, self.damping, self.attempts)
+
 
 def rtn(weight: Tensor, quantizer: Quantizer) -> Solution:
     """Round every weight to the nearest code. weight (outputs, width)."""

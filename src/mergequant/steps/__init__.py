@@ -1,6 +1,6 @@
 """Steps: the passes that recipes are made of."""
 
-from mergequant.steps.base import ALL_SITES, BlockStep, SiteStep, Step, near_name, step_from_dict
+from mergequant.steps.base import ALL_SITES, BlockStep, SiteStep, Step, fitting, near_name, step_from_dict
 from mergequant.steps.channel import Clip, Prune, Ranges, Split
 from mergequant.steps.compensate import Compensate
 from mergequant.steps.judge import Judge
@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "TensorInput",
     "TokenInput",
+    "fitting",
     "near_name",
     "step_from_dict",
 ]

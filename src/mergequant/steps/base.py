@@ -8,17 +8,20 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, get_args
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from mergequant.calibration import BlockContext, SiteContext
 from mergequant.errors import RecipeError
 from mergequant.models import Site
 from mergequant.models.roles import SiteKind
 
-__all__ = ["ALL_SITES", "BlockStep", "SiteStep", "Step", "near_name", "step_from_dict"]
+__all__ = ["ALL_SITES", "BlockStep", "SiteStep", "Step", "fitting", "near_name", "step_from_dict"]
 
 ALL_SITES: tuple[SiteKind, ...] = get_args(SiteKind)
 _STEPS: dict[str, type["Step"]] = {}
+_MISFIT = object()
+LARGEST_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,11 @@ class Step:
         super().__init_subclass__(**kwargs)
         if cls.name:
             taken = _STEPS.get(cls.name)
-            if taken is not None and taken.__qualname__ != cls.__qualname__:
-                raise RecipeError(f"step name {cls.name!r} is taken by {taken.__qualname__}; rename {cls.__qualname__}")
+            new = f"{cls.__module__}.{cls.__qualname__}"
+            if taken is not None and f"{taken.__module__}.{taken.__qualname__}" != new:  # the same = a module reloaded
+                raise RecipeError(
+                    f"step name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; {new} needs another"
+                )
             _STEPS[cls.name] = cls
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,21 +86,55 @@ def step_from_dict(data: Any, where: str) -> Step:
     if data["step"] not in _STEPS:
         raise RecipeError(f"{where}: unknown step {data['step']!r}{near_name(data['step'], _STEPS)}")
     cls = _STEPS[data["step"]]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key == "step":
             continue
         if key not in fields:
-            raise RecipeError(f"{where}: step {cls.name!r} has no parameter {key!r}{near_name(key, fields)}")
-        values[key] = tuple(value) if isinstance(value, list) else value
-    for kind in values.get("sites", ()):
-        if kind not in ALL_SITES:
-            raise RecipeError(f"{where}: unknown kind of site {kind!r}{near_name(kind, ALL_SITES)}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise RecipeError(f"{where}: step {cls.name!r}: {error}") from error
+            raise RecipeError(f"{where}: step {cls.name!r} has no parameter {key!r}{near_name(str(key), fields)}")
+        values[key] = fitting(value, hints[key], f"{where}, {cls.name}.{key}")
+    return cls(**values)
+
+
+def fitting(value: Any, hint: Any, where: str) -> Any:
+    """A value from YAML or a command line as the type that a parameter asks for: lists become tuples, 0 becomes 0.0.
+
+    Raises:
+        RecipeError: it does not fit; the message says what would.
+    """
+    fitted = _fitted(value, hint)
+    if fitted is _MISFIT:
+        raise RecipeError(f"{where}: {value!r} does not fit; allowed: {', '.join(_allowed(hint))}")
+    return fitted
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value if any(type(value) is type(choice) and value == choice for choice in arguments) else _MISFIT
+    if origin in (Union, UnionType):
+        return next((found for option in arguments if (found := _fitted(value, option)) is not _MISFIT), _MISFIT)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return _MISFIT
+        items = tuple(_fitted(item, arguments[0]) for item in value)
+        return _MISFIT if any(item is _MISFIT for item in items) else items
+    if hint is float and type(value) in (int, float):
+        return float(value) if abs(value) < LARGEST_NUMBER else _MISFIT  # neither infinite nor NaN
+    return value if type(value) is hint else _MISFIT
+
+
+def _allowed(hint: Any) -> list[str]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return [repr(choice) for choice in arguments]
+    if origin in (Union, UnionType):
+        return [words for option in arguments for words in _allowed(option)]
+    if origin is tuple:
+        return [f"a list of {' or '.join(_allowed(arguments[0]))}"]
+    return [getattr(hint, "__name__", str(hint))]
 
 
 def near_name(word: str, known: Any) -> str:

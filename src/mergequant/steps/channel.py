@@ -197,7 +197,7 @@ def dropped_to_width(context: SiteContext, scheme: ChannelScheme) -> ChannelSche
 def tie_channels(context: SiteContext, values: Tensor) -> Tensor:
     """The largest value over the channels that one producer row feeds (query heads that share a value head)."""
     producer = context.site.producer
-    if context.site.kind == "norm" or producer is None:
+    if context.site.kind == "norm" or producer is None or context.rotation:
         return values
     channel = torch.tensor(producer.channel, device=values.device)
     rows = torch.zeros(producer.rows.stop - producer.rows.start, dtype=values.dtype, device=values.device)

@@ -1,9 +1,10 @@
 """Low-rank compensation: a trained correction of every weight, merged before the final rounding.
 
 MergeQuant compensates with LoRA-like matrices (digest, step 8); where they go is not said in its abstract. Here they
-are trained as in QLLM (arXiv 2310.08041: rank 4, AdamW, learning rate 5e-4, 10 epochs), with all quantizers of the
-block in the loop, and added to the folded weights before rounding, so that nothing is added at run time. The target is
-the float block's output for the same (quantized upstream) inputs.
+are trained as in QLLM (arXiv 2310.08041: rank 4, AdamW, learning rate 5e-4, 10 epochs), with the quantizers of the
+block's inputs in the loop, and added to the folded weights before rounding, so that nothing is added at run time. The
+target is the float block's output for the same (quantized upstream) inputs. Rounding the weights in the loop too is an
+option: with GPTQ after it, what is learnt against one rounding is lost in the other (`docs/log.md`).
 """
 
 import copy
@@ -32,14 +33,15 @@ class LowRank(BlockStep):
         rank: of every correction.
         learning_rate, epochs: of AdamW, with cosine decay.
         chunks: calibration chunks (of about 4096 tokens) used.
-        weight_bits: bits of the weight codes in the loop.
+        round_weights: round the weights in the loop too, to the nearest code of `weight_bits` bits.
     """
 
     name: ClassVar[str] = "low_rank"
     rank: int = 4
     learning_rate: float = 5e-4
     epochs: int = 10
-    chunks: int = 4
+    chunks: int = 16
+    round_weights: bool = False
     weight_bits: int = 4
 
     def __post_init__(self) -> None:
@@ -69,9 +71,9 @@ class LowRank(BlockStep):
             for name in own.site.consumers:
                 old = context.linear(name)
                 folded = own.scheme.fold(own.weights[name])
-                linear = _CorrectedLinear(folded, old.bias, encode, self.rank, self.weight_bits, context.generator).to(
-                    context.device
-                )
+                bits = self.weight_bits if self.round_weights else 0
+                linear = _CorrectedLinear(folded, old.bias, encode, self.rank, bits, context.generator)
+                linear = linear.to(context.device)
                 corrections[name] = linear
                 path, _, leaf = name.rpartition(".")
                 setattr(block.get_submodule(path), leaf, linear)
@@ -113,7 +115,7 @@ class LowRank(BlockStep):
 
 
 class _CorrectedLinear(nn.Module):
-    """y = values(x) @ quantized(W' + up @ down)^T + bias, differentiable with respect to up and down."""
+    """y = values(x) @ (W' + up @ down)^T + bias, differentiable with respect to up and down; rounded if `bits` > 0."""
 
     def __init__(
         self,
@@ -127,13 +129,12 @@ class _CorrectedLinear(nn.Module):
         super().__init__()
         outputs, width = folded.shape
         self.folded, self.bias, self.encode = folded, bias, encode
-        self.quantizer = Quantizer(IntegerGrid(bits), None, AbsMax())
+        self.quantizer = Quantizer(IntegerGrid(bits), None, AbsMax()) if bits else None
         # The correction begins at zero; its size follows each row's, so that one learning rate fits folded weights.
-        drawn = torch.randn(rank, width, generator=generator) / width**0.5
+        drawn = torch.randn(rank, width, generator=generator)
         self.down = nn.Parameter(drawn.to(folded.device))
         self.up = nn.Parameter(torch.zeros(outputs, rank, device=folded.device))
         self.row_size = folded.square().mean(1, keepdim=True).sqrt()
-        self.scale = self.quantizer.find_scale(folded)
 
     def corrected(self) -> Tensor:
         """W' + up @ down (outputs, width)."""
@@ -141,8 +142,9 @@ class _CorrectedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.corrected()
-        quantized = self.quantizer.encode(weight.detach(), self.scale).decode()
-        weight = weight + (quantized - weight).detach()
+        if self.quantizer is not None:
+            quantized = self.quantizer.encode(weight.detach()).decode()
+            weight = weight + (quantized - weight).detach()
         return nn.functional.linear(self.encode(x), weight, self.bias)
 
 

@@ -55,7 +55,6 @@ class Round(SiteStep):
             )
         if context.targets is None:
             context.targets = {name: scheme.fold(weight) for name, weight in context.weights.items()}
-        # |e|^2.4 by the cheaper |e|^2.5, which picks the same ranges in practice.
         search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
         quantizer = Quantizer(IntegerGrid(self.bits), self.group_size or None, search)
         inverse = None
@@ -63,8 +62,13 @@ class Round(SiteStep):
             gram = context.gram().total
             inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
             context.report(damping=inverse.damping, cholesky_attempts=float(inverse.attempts))
+        # Rows are independent, so all consumers of the site are rounded in one sweep.
+        stacked = torch.cat(list(context.targets.values()))
+        solution = rtn(stacked, quantizer) if inverse is None else gptq(stacked, inverse, quantizer)
+        first = 0
         for name, target in context.targets.items():
-            context.solutions[name] = rtn(target, quantizer) if inverse is None else gptq(target, inverse, quantizer)
+            context.solutions[name] = solution.rows(first, first + target.shape[0])
+            first += target.shape[0]
         context.report(output_error=held_out_error(context))
         replace_modules(context, self.bits, self.group_size)
 
@@ -95,9 +99,12 @@ def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
 
 
 def _migrate(context: SiteContext, scheme: ChannelScheme) -> bool:
-    """Let a linear producer absorb 1 / step; True if it did. (A norm absorbs it in `_quant_norm`.)"""
+    """Let a linear producer absorb 1 / step; True if it did.
+
+    A norm absorbs it in `_quant_norm`; behind an online rotation nothing can, and the multiplier stays with the input.
+    """
     producer = context.site.producer
-    if context.site.norm is not None or producer is None:
+    if context.site.norm is not None or producer is None or context.rotation:
         return False
     channel = torch.tensor(producer.channel, device=scheme.step.device)
     step = torch.zeros(producer.rows.stop - producer.rows.start, device=scheme.step.device)

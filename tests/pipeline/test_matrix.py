@@ -1,0 +1,145 @@
+"""Every recipe on every family: runs, accounts for each layer, reloads bit-equal, generates, costs what it claims."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import mergequant
+from default_recipes import DEFAULT_RECIPES
+from families import FAMILIES, make_model
+from mergequant.calibration import Chain, Chunk, StorePolicy
+from mergequant.checkpoint import Checkpoint, count_bits, open_checkpoint
+from mergequant.models import ModelShell
+from mergequant.nn import LinearSpec, NormSpec, QuantLinear, QuantNorm
+from mergequant.pipeline import Quantized
+from mergequant.pipeline.blocks import restore_block
+from mergequant.recipes import get_recipe
+
+CPU = StorePolicy(torch.device("cpu"))
+
+
+def chain_logits(shell: ModelShell, checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """Logits by the pipeline's own way: one block after the other, as the checkpoint holds them."""
+    prefix = checkpoint.quantization.prefix
+    chain = Chain(shell, [Chunk(tokens, "verify")], CPU, prefix and (list(prefix.tokens), prefix.replaces_bos))
+    for index, name in enumerate(shell.block_names):
+        if chain.prefix is not None:
+            module = checkpoint.prefix_module
+            chain.prefix.keys = checkpoint.get(f"{module}.keys")[index : index + 1]
+            chain.prefix.values = checkpoint.get(f"{module}.values")[index : index + 1]
+        layers = dict(checkpoint.quantization.layers)
+        restore_block(shell, index, layers, checkpoint.tensors(f"{name}."))
+        chain.advance()
+        shell.release_block(index)
+    return chain.logits(0)
+
+
+def stored_bytes(spec: LinearSpec | NormSpec) -> int:
+    """Bytes that a layer stores, from its description alone."""
+    if isinstance(spec, NormSpec):
+        return 4 * spec.width * (1 + spec.gathers + spec.shifts)
+    groups = spec.input.width // spec.group_size if spec.group_size else 1
+    weight = spec.outputs * (spec.input.width * (4 if spec.weight_bits <= 4 else 8) // 8 + 4 * groups + 4 * spec.bias)
+    source = spec.input
+    multipliers = 0 if source.kind != "static" else source.width if source.per_channel else 1
+    return weight + 4 * (multipliers + source.width * (source.gathers + source.shifts))
+
+
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def check_sites(model: PreTrainedModel, shell: ModelShell, emits_codes: bool) -> None:
+    for name, structure in zip(shell.block_names, shell.structures):
+        block = model.get_submodule(name)
+        assert not structure.unserved
+        assert not [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
+        for site in structure.sites:
+            assert all(isinstance(block.get_submodule(path), QuantLinear) for path in site.consumers)
+            if site.norm is not None:
+                assert isinstance(block.get_submodule(site.norm.name), QuantNorm) == emits_codes
+
+
+def check_size(checkpoint: Checkpoint) -> None:
+    claimed = count_bits(checkpoint.folder)
+    payload = sum(stored_bytes(spec) for spec in checkpoint.quantization.layers.values())
+    headers = sum(file.overhead for file in checkpoint.files)
+    assert payload <= claimed["linear_bytes"] <= payload + headers
+    assert claimed["bytes"] == sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("label", DEFAULT_RECIPES)
+def test_recipe_on_family_survives_the_disk_bit_for_bit(
+    label: str, family: str, tmp_path: Path, run: Callable[..., Quantized], windows: Callable[..., Tensor]
+) -> None:
+    name, settings = DEFAULT_RECIPES[label]
+    model = make_model(family)
+    run(model, name, tmp_path / "out", settings=settings)
+    checkpoint, shell = open_checkpoint(tmp_path / "out"), ModelShell.open(model)
+    checkpoint.validate()
+    tokens = windows(model, 3, 17, seed=1)
+
+    loaded = mergequant.load(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    given = logits(loaded, tokens)
+    assert given.isfinite().all()
+    assert torch.equal(logits(again, tokens), given)
+    skipped = 1 if checkpoint.quantization.prefix and checkpoint.quantization.prefix.replaces_bos else 0
+    assert torch.equal(given[:, skipped:], chain_logits(shell, checkpoint, tokens))
+    assert not torch.equal(given, logits(model, tokens))
+
+    check_sites(loaded, shell, emits_codes=any(step.name == "ranges" for step in get_recipe(name).steps))
+    check_size(checkpoint)
+    tied = model.config.tie_word_embeddings
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+    assert not (tied and any(stored.startswith("lm_head") for stored in checkpoint.names()))
+
+    written = loaded.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(written[:, :17], tokens)
+    assert torch.equal(written[:, 17], given[:, -1].argmax(-1))
+
+
+def test_default_recipes_name_every_registered_recipe() -> None:
+    """A recipe that is registered and not in the list would be in no matrix."""
+    assert {name for name, _ in DEFAULT_RECIPES.values()} == set(mergequant.list_recipes())
+
+
+def test_quantize_when_model_is_in_memory_leaves_it_alone(run: Callable[..., Quantized]) -> None:
+    model = make_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(model, "mergequant-w4a8")
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_quantize_from_folder_equals_quantize_from_memory(
+    tmp_path: Path, run: Callable[..., Quantized], windows: Callable[..., Tensor]
+) -> None:
+    model = make_model("qwen2")
+    model.save_pretrained(tmp_path / "float")
+    from_memory = run(model, "mergequant", tmp_path / "a")
+    from_folder = run(tmp_path / "float", "mergequant", tmp_path / "b", data=windows(model))
+    names = from_memory.folder / "model.safetensors", from_folder.folder / "model.safetensors"
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantize_when_weights_are_half_keeps_their_dtype(
+    dtype: torch.dtype, tmp_path: Path, run: Callable[..., Quantized], windows: Callable[..., Tensor]
+) -> None:
+    model = make_model("llama", dtype=dtype)
+    run(model, "mergequant-plus", tmp_path / "out", settings={"tile": 8})
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.get("model.embed_tokens.weight").dtype == dtype
+    loaded = mergequant.load(tmp_path / "out")
+    assert logits(loaded, windows(model)).dtype == dtype
+    wide = mergequant.load(tmp_path / "out", dtype=torch.float32)
+    tokens = windows(model, 3, 17)
+    assert torch.equal(logits(wide, tokens)[:, 1:], chain_logits(ModelShell.open(model), checkpoint, tokens))
