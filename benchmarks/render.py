@@ -3,8 +3,8 @@
     python benchmarks/render.py            # rewrite the tables in docs/results.md
     python benchmarks/render.py --check    # exit 1 if the document and the runs disagree
 
-The document holds a pair of markers for each file, `<!-- accuracy:FILE -->` and `<!-- end -->`; what stands between them
-is made here and is not edited by hand.
+The document holds a pair of markers for each file, `<!-- accuracy:FILE -->` and `<!-- end -->`; what stands between
+them is made here and is not edited by hand.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def table(runs: dict[str, Any]) -> str:
     models = sorted({row["model"] for row in rows})
     texts = list(dict.fromkeys(name for row in rows for name in row["eval"]))
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    labels.sort(key=lambda label: runs["order"].index(label))
+    labels.sort(key=runs["order"].index)
     columns = [f"{model}, {text}" for model in models for text in texts]
     lines = ["| recipe | " + " | ".join(columns) + " | KL | top-1 | linear bits |"]
     lines.append("|---|" + "---|" * (len(columns) + 3))

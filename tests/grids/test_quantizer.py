@@ -52,7 +52,7 @@ def test_encode_when_any_quantizer_expect_codes_nearest_among_all_codes(
     best = (values.double()[..., None] - grid * scale[..., None]).abs().amin(-1)
     error = (values.double() - encoded.codes.double() * scale).abs()
     assert bool((error <= best * (1 + 1e-6) + 1e-6 * scale).all())
-    assert encoded.codes.unique().numel() > 2**bits / 2  # codes spread over the grid
+    assert encoded.codes.unique().numel() > min(2**bits / 2, 50)  # codes spread over the grid
 
 
 @pytest.mark.parametrize("search", [AbsMax(), ClipSearch()])
@@ -108,7 +108,7 @@ def test_clip_search_when_compared_in_its_own_norm_expect_never_worse_than_absma
 
 def test_clip_search_when_one_outlier_in_a_row_of_2_bits_expect_much_less_error() -> None:
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    values[:, 5] = 8.0
+    values[:, 5] = 5.0
     grid = IntegerGrid(2)
     errors = [
         (Quantizer(grid, None, search).encode(values).decode() - values).square().sum()

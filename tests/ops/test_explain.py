@@ -1,11 +1,12 @@
 """explain: every op has a backend and a reason, everywhere."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from mergequant import ops
 from mergequant.errors import KernelError
-from mergequant.ops import int_matmul
 
 
 def registered() -> set[str]:
@@ -33,6 +34,7 @@ def test_explain_when_architecture_is_unknown_expect_error_that_lists_the_known(
 
 def test_explain_when_the_cpu_product_saturates_expect_it_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {choice.op: choice.backend for choice in ops.explain("cpu")}
-    monkeypatch.setattr(int_matmul, "_cpu_product_is_exact", lambda: not before["int8_linear"].startswith("torch"))
+    module = import_module("mergequant.ops.int_matmul")  # the function of this name hides the module
+    monkeypatch.setattr(module, "_cpu_product_is_exact", lambda: not before["int8_linear"].startswith("torch"))
     after = {choice.op: choice.backend for choice in ops.explain("cpu")}
     assert before["int8_linear"] != after["int8_linear"]

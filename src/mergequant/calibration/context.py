@@ -228,6 +228,10 @@ class SiteContext:
             raise StructureError(f"{self.name}: no calibration tokens")
         return total
 
+    def energy(self, values: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum over all calibration tokens of each channel's square: the Gram matrix's diagonal, without the matrix."""
+        return torch.stack([values(chunk).double().square().sum(0) for chunk in self.chunks()]).sum(0)
+
     def report(self, **figures: float) -> None:
         """Record figures of this site."""
         self.block.report(self.site.name, **figures)

@@ -193,6 +193,12 @@ def _draw(
             continue
         if isinstance(part.source, TokenSource):
             given = _given_windows(part.source, None, seqlen)
+            if len(given) < sum(wanted):
+                counted = " + ".join(map(str, wanted))
+                raise DataError(
+                    f"data {part.source}: {counted} windows are needed, the held-out ones among them; "
+                    "give more windows or fewer --samples."
+                )
             candidates = given[torch.randperm(len(given), generator=_generator(seed, index))]
         elif isinstance(part.source, SelfSource):
             float_model = _need_model(model, part.source)

@@ -14,6 +14,7 @@ __all__ = ["backend", "int_matmul"]
 
 CUDA_LEAST_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows ...
 CUDA_MULTIPLE = 8  # ... and widths that are multiples of 8
+CPU_BROKEN_WIDTH = 1  # torch._int_mm on CPU leaves its result uninitialised for a single column (torch 2.13)
 
 
 @cache
@@ -37,7 +38,7 @@ def int_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     device = codes.device
     if device.type == "cuda":
         return _cuda_int_matmul(codes, weight)
-    if device.type == "cpu" and _cpu_product_is_exact():
+    if device.type == "cpu" and codes.shape[1] > CPU_BROKEN_WIDTH and _cpu_product_is_exact():
         return torch._int_mm(codes, weight.t())
     return (codes.double() @ weight.double().t()).to(torch.int32)
 

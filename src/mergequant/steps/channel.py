@@ -191,7 +191,7 @@ def dropped_to_width(context: SiteContext, scheme: ChannelScheme) -> ChannelSche
     surplus += (scheme.width - surplus) % 2
     if surplus <= 0:
         return scheme
-    return drop_slots(scheme, context.gram(scheme.values).total, scheme.fold(context.stacked_weight()), surplus)
+    return drop_slots(scheme, context.energy(scheme.values), scheme.fold(context.stacked_weight()), surplus)
 
 
 def tie_channels(context: SiteContext, values: Tensor) -> Tensor:

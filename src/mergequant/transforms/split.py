@@ -55,14 +55,14 @@ def split_channels(step: Tensor, copies: Tensor, bits: int, *, stagger: bool) ->
     return ChannelScheme(bits, step, index, 1 / count, offset)
 
 
-def drop_slots(scheme: ChannelScheme, gram: Tensor, folded: Tensor, count: int) -> ChannelScheme:
+def drop_slots(scheme: ChannelScheme, energy: Tensor, folded: Tensor, count: int) -> ChannelScheme:
     """Drop the `count` least important slots of unsplit channels (digest choice C).
 
     Importance of a slot is its code's energy times its weight column's: (q^T q)_kk * ||W'_k||^2.
 
     Args:
         scheme: the split scheme.
-        gram: raw sum of q q^T (width, width).
+        energy: sum over tokens of q_k^2 (width,).
         folded: W' of all consumers stacked (outputs, width).
         count: number of slots to drop; at most the number of unsplit channels.
 
@@ -75,7 +75,7 @@ def drop_slots(scheme: ChannelScheme, gram: Tensor, folded: Tensor, count: int) 
         raise UsageError(
             f"{count} slots are to be dropped, but only {unsplit} channels are not split; split less, or keep the width"
         )
-    importance = torch.diagonal(gram).double() * folded.double().square().sum(0)
+    importance = energy.double() * folded.double().square().sum(0)
     importance = torch.where(scheme.share < 1, torch.full_like(importance, torch.inf), importance)
     dropped = torch.argsort(importance, stable=True)[:count]
     kept = torch.ones(scheme.width, dtype=torch.bool, device=dropped.device)
