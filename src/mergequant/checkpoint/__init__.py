@@ -4,7 +4,7 @@ from mergequant.checkpoint.card import model_card
 from mergequant.checkpoint.format import FORMAT_VERSION, PREFIX_MODULE, QUANT_METHOD, Quantization, expected_tensors
 from mergequant.checkpoint.reader import Checkpoint, open_checkpoint
 from mergequant.checkpoint.size import count_bits
-from mergequant.checkpoint.writer import CheckpointWriter
+from mergequant.checkpoint.writer import CheckpointWriter, check_place
 
 __all__ = [
     "FORMAT_VERSION",
@@ -13,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Quantization",
+    "check_place",
     "count_bits",
     "expected_tensors",
     "model_card",

@@ -27,7 +27,7 @@ from mergequant.checkpoint.reader import open_checkpoint
 from mergequant.checkpoint.tensorfile import Entry, read_header, write_tensors
 from mergequant.errors import CheckpointError, UsageError
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "check_place"]
 
 LARGEST_SHARD = 2 << 30  # bytes; a block that is larger has a shard of its own
 PROGRESS_NAME = "progress.json"
@@ -68,8 +68,6 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         if self.finished and not self.partial.is_dir():
             return self
-        if not self.out.parent.is_dir():
-            raise CheckpointError(f"{self.out}: its parent folder does not exist; create it or choose another --out")
         self._lock.acquire()
         try:
             if self.finished:  # the last run was interrupted while it tidied up
@@ -169,14 +167,8 @@ class CheckpointWriter:
 
     def _check_target(self) -> bool:
         """Whether `out` already holds this very checkpoint."""
-        if not os.path.lexists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
-            return False
-        held = _held_checkpoint(self.out)
-        if held is None:
-            raise UsageError(
-                f"{self.out} exists and is no mergequant checkpoint; it is left alone, choose another --out"
-            )
-        if not self.resume:
+        held = check_place(self.out)
+        if held is None or not self.resume:
             return False
         if held.provenance.get("fingerprint") == self.fingerprint:
             return True
@@ -275,6 +267,27 @@ class CheckpointWriter:
         sync_folder(self.out.parent)
 
 
+def check_place(out: Path) -> Quantization | None:
+    """What `out` holds: None if it is free; a checkpoint of ours counts, even a newer or a damaged one, of no recipe.
+
+    Raises:
+        UsageError: `out` holds something that is not ours.
+        CheckpointError: its parent folder does not exist.
+    """
+    if not out.absolute().parent.is_dir():
+        raise CheckpointError(f"{out}: its parent folder does not exist; create it or choose another --out")
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
+    config = _lenient_json(out / CONFIG_NAME)
+    held = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(held, dict) or held.get("quant_method") != QUANT_METHOD:
+        raise UsageError(f"{out} exists and is no mergequant checkpoint; it is left alone, choose another --out")
+    recipe, provenance = held.get("recipe"), held.get("provenance")
+    return Quantization(
+        recipe if isinstance(recipe, dict) else {}, {}, provenance if isinstance(provenance, dict) else {}, {}
+    )
+
+
 def _size(tensor: Tensor | Entry) -> int:
     return tensor.size if isinstance(tensor, Entry) else tensor.numel() * tensor.element_size()
 
@@ -286,18 +299,6 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _held_checkpoint(folder: Path) -> Quantization | None:
-    """What a folder holds, None if it is not ours. A newer or damaged one of ours counts as ours, of no recipe."""
-    config = _lenient_json(folder / CONFIG_NAME)
-    held = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(held, dict) or held.get("quant_method") != QUANT_METHOD:
-        return None
-    recipe, provenance = held.get("recipe"), held.get("provenance")
-    return Quantization(
-        recipe if isinstance(recipe, dict) else {}, {}, provenance if isinstance(provenance, dict) else {}, {}
-    )
 
 
 def _lenient_json(path: Path) -> Any:

@@ -32,6 +32,7 @@ from mergequant.checkpoint import (
     QUANT_METHOD,
     CheckpointWriter,
     Quantization,
+    check_place,
     count_bits,
     model_card,
     open_checkpoint,
@@ -177,8 +178,10 @@ def quantize(
         MergeQuantError: see `mergequant.errors`; nothing half-written is left looking whole.
     """
     reporter = reporter or Silent()
-    chosen = _recipe(recipe, settings)
     started = time.perf_counter()
+    chosen = _recipe(recipe, settings)
+    if out is not None:
+        check_place(Path(out))  # drawing data may take long
     reporter.phase("opening the model")
     shell = ModelShell.open(model, device=device)
     structures = shell.structures
@@ -193,59 +196,84 @@ def quantize(
     policy = policy or StorePolicy(torch.device(device))
     reporter.phase("looking for the prefix" if chosen.prefix == "auto" else "preparing")
     prefix = choose_prefix(chosen.prefix, shell, structures, windows.tokens, bos_of(words, windows), policy)
-    fingerprint = _fingerprint(shell, chosen, windows, held_out, seed)
-
+    job = _Job(shell, chosen, windows, held_out, words, prefix, seed, policy, reporter)
     with ExitStack() as stack:
-        target = (
-            Path(out)
-            if out is not None
-            else Path(stack.enter_context(TemporaryDirectory(prefix="mergequant-"))) / "checkpoint"
-        )
-        with CheckpointWriter(target, fingerprint, resume=resume) as writer:
+        if out is None:
+            out = Path(stack.enter_context(TemporaryDirectory(prefix="mergequant-"))) / "checkpoint"
+        with CheckpointWriter(Path(out), job.fingerprint, resume=resume) as writer:
             if not writer.finished:
-                chunks = [*chunked(windows.tokens, "calibration"), *chunked(held_out.tokens, "held_out")]
-                kept_apart = Chunk(held_out.tokens[:VERIFY_WINDOWS], "verify")
-                chunks.append(kept_apart)
-                chain = Chain(shell, chunks, policy, prefix)
-                collected = _run_blocks(writer, chain, structures, chosen, seed, reporter)
-                expected = chain.logits(len(chunks) - 1)
-                tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
-                quantization = _describe(shell, chosen, windows, held_out, seed, fingerprint, collected)
-                if prefix is not None:
-                    tail |= _prefix_tail(chain, collected)
-                    quantization["prefix"] = _prefix_spec(chain, tail, prefix).to_dict()
-                chain.close()
-                config = {**shell.config.to_dict(), "quantization_config": quantization}
-                config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
-                files = tokenizer_files(words, shell, prefix)
-                card = model_card(target.name, Quantization.from_dict(quantization), base=_base_name(shell))
-
-                def verify(folder: Path) -> None:
-                    reporter.phase("verifying")
-                    own = Chain(shell, [kept_apart], policy, prefix)
-                    verify_checkpoint(open_checkpoint(folder), own, expected)
-                    own.close()
-
-                reporter.phase("writing")
-                writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
-        checkpoint = open_checkpoint(target)
+                _make(job, writer)
+        checkpoint = open_checkpoint(out)
         checkpoint.validate()
-        figures = {**checkpoint.quantization.figures, **count_bits(target)}
+        figures = {**checkpoint.quantization.figures, **count_bits(checkpoint.folder)}
         # Not in the checkpoint, which must come out the same whether or not the run was interrupted.
         figures["seconds"] = round(time.perf_counter() - started, 1)
-        return Quantized(target, figures, stack.pop_all())
+        return Quantized(Path(out), figures, stack.pop_all())
 
 
-def _run_blocks(
-    writer: CheckpointWriter,
-    chain: Chain,
-    structures: list[BlockStructure],
-    recipe: Recipe,
-    seed: int,
-    reporter: Reporter,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    """All that a run is made of."""
+
+    shell: ModelShell
+    recipe: Recipe
+    windows: Windows
+    held_out: Windows
+    tokenizer: PreTrainedTokenizerBase | NoTokenizer
+    prefix: tuple[list[int], bool] | None
+    seed: int
+    policy: StorePolicy
+    reporter: Reporter
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same fingerprint gives the same checkpoint."""
+        parts = {
+            "model": self.shell.source.fingerprint(),
+            "recipe": self.recipe.to_dict(),
+            "calibration": self.windows.fingerprint,
+            "held_out": self.held_out.fingerprint,
+            "seed": self.seed,
+            "device": self.shell.device.type,
+            "code": _code_digest(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _make(job: _Job, writer: CheckpointWriter) -> None:
+    """Blocks, tail, config; the result is verified before it appears."""
+    shell = job.shell
+    kept_apart = Chunk(job.held_out.tokens[:VERIFY_WINDOWS], "verify")
+    chunks = [*chunked(job.windows.tokens, "calibration"), *chunked(job.held_out.tokens, "held_out"), kept_apart]
+    chain = Chain(shell, chunks, job.policy, job.prefix)
+    collected = _run_blocks(job, writer, chain)
+    expected = chain.logits(len(chunks) - 1)
+    tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
+    quantization = _describe(job, collected)
+    if job.prefix is not None:
+        tail |= _prefix_tail(chain, collected)
+        quantization["prefix"] = _prefix_spec(chain, tail, job.prefix).to_dict()
+    chain.close()
+    config = {**shell.config.to_dict(), "quantization_config": quantization}
+    config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
+    files = tokenizer_files(job.tokenizer, shell, job.prefix)
+    card = model_card(writer.out.name, Quantization.from_dict(quantization), base=_base_name(shell))
+
+    def verify(folder: Path) -> None:
+        job.reporter.phase("verifying")
+        own = Chain(shell, [kept_apart], job.policy, job.prefix)
+        verify_checkpoint(open_checkpoint(folder), own, expected)
+        own.close()
+
+    job.reporter.phase("writing")
+    writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
+
+
+def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain) -> dict[str, Any]:
     """Quantize and write all blocks that are not written yet; run those that are."""
-    shell = chain.shell
+    shell = job.shell
     layers: dict[str, Any] = {}
     figures: dict[str, Any] = {}
     prefix_states: list[tuple[Tensor, Tensor]] = []
@@ -260,9 +288,9 @@ def _run_blocks(
                 )
             restore_block(shell, index, record["layers"], writer.block_tensors(index))
         else:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            context = BlockContext(chain, structures[index], generator)
-            quantize_block(context, recipe)
+            generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
+            context = BlockContext(chain, shell.structures[index], generator)
+            quantize_block(context, job.recipe)
             specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
             record = {"layers": specs, "figures": context.figures}
             if chain.prefix is not None:
@@ -276,7 +304,7 @@ def _run_blocks(
         figures[name] = record["figures"]
         chain.advance()
         shell.release_block(index)
-        reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
+        job.reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
     return {"layers": layers, "sites": figures, "prefix": prefix_states}
 
 
@@ -338,21 +366,6 @@ def _draw(
     )
 
 
-def _fingerprint(shell: ModelShell, recipe: Recipe, windows: Windows, held_out: Windows, seed: int) -> str:
-    """What a run is made of: the same fingerprint gives the same checkpoint."""
-    parts = {
-        "model": shell.source.fingerprint(),
-        "recipe": recipe.to_dict(),
-        "calibration": windows.fingerprint,
-        "held_out": held_out.fingerprint,
-        "seed": seed,
-        "device": shell.device.type,
-        "code": _code_digest(),
-        "torch": torch.__version__,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def _code_digest() -> str:
     root = Path(mergequant.__file__).parent
     digest = hashlib.sha256()
@@ -362,26 +375,19 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _describe(
-    shell: ModelShell,
-    recipe: Recipe,
-    windows: Windows,
-    held_out: Windows,
-    seed: int,
-    fingerprint: str,
-    collected: dict[str, Any],
-) -> dict[str, Any]:
+def _describe(job: _Job, collected: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's `quantization_config`."""
-    planned = make_plan(shell, shell.structures, recipe, len(windows), windows.seqlen)
+    shell, windows, held_out = job.shell, job.windows, job.held_out
+    planned = make_plan(shell, shell.structures, job.recipe, len(windows), windows.seqlen)
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "recipe": recipe.to_dict(),
+        "recipe": job.recipe.to_dict(),
         "layers": collected["layers"],
         "provenance": {
-            "fingerprint": fingerprint,
+            "fingerprint": job.fingerprint,
             "base_model": _base_name(shell),
-            "seed": seed,
+            "seed": job.seed,
             "calibration": windows.provenance(),
             "held_out": held_out.provenance(),
             "calibration_sketch": sketch_to_json(sketch(windows.tokens)),
