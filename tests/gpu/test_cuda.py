@@ -22,9 +22,8 @@ def test_int_linear_on_cuda_equals_int64(rows: int, outputs: int, width: int) ->
     generator = torch.Generator().manual_seed(rows * width)
     codes = torch.randint(-128, 128, (rows, width), generator=generator, dtype=torch.int8)
     weight = torch.randint(-8, 8, (outputs, width), generator=generator, dtype=torch.int8)
+    codes[0, 0], weight[0, 0] = -128, -8
     exact = codes.long() @ weight.long().t()
-    assert int(codes.min()) == -128
-    assert int(weight.min()) == -8
     ones = torch.ones(outputs, device="cuda")
     for result in (
         ops.int8_linear(codes.cuda(), weight.cuda(), ones, None, None, torch.float64),
