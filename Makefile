@@ -24,7 +24,7 @@ lint: .venv/installed-dev
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mergequant needs Python 3.11 or later: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(MERGEQUANT_TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check "$(MERGEQUANT_TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

@@ -20,5 +20,5 @@ def test_data() -> Path:
     """Folder with `models/` and `data/` for the tests that need more than the bundled model."""
     folder = Path(os.environ.get("MERGEQUANT_TEST_DATA", NEIGHBOUR))
     if not (folder / "models").is_dir():
-        pytest.skip(f"reference models not found under {folder}; set MERGEQUANT_TEST_DATA to the folder that holds them")
+        pytest.skip(f"no reference models under {folder}; set MERGEQUANT_TEST_DATA to the folder that holds them")
     return folder

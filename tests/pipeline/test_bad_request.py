@@ -64,13 +64,13 @@ def test_quantize_when_text_is_useless_says_why(
     assert word in message
 
 
-def test_quantize_when_folder_has_no_tokenizer_and_data_is_text_says_so(tmp_path: Path, out: Path, run: Run) -> None:
+def test_quantize_when_folder_has_no_tokenizer_and_data_is_text_says_so(tmp_path: Path, run: Run) -> None:
     """transformers makes up an empty tokenizer for some families, which would turn any text into nothing."""
     model = save_model("qwen2", tmp_path / "model")
     with pytest.raises(errors.ModelError, match="no tokenizer there"):
-        run(model, "rtn", out, data="self")
+        run(model, "rtn", tmp_path / "out", data="self")
     with pytest.raises(errors.UsageError, match="pass tokenizer="):
-        run(make_model("qwen2"), "rtn", out, data="self")
+        run(make_model("qwen2"), "rtn", tmp_path / "out", data="self")
 
 
 def test_quantize_when_windows_are_too_few_says_how_many(

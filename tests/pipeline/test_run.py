@@ -16,7 +16,7 @@ from families import FAMILIES, make_model
 from mergequant.assets import TINY
 from mergequant.calibration import chain as chain_module
 from mergequant.checkpoint import open_checkpoint
-from mergequant.errors import UsageError
+from mergequant.errors import CheckpointError, UsageError
 from mergequant.pipeline import Quantized
 
 BARE = {"split": 0, "clip": "none", "compensation": "none", "rounding": "rtn", "round.clip": False}
@@ -82,6 +82,20 @@ def test_quantized_save_when_folder_is_taken_is_refused(run: Run, tmp_path: Path
     assert result.save(tmp_path / "kept") == tmp_path / "kept"
     with pytest.raises(UsageError, match="not empty"):
         result.save(tmp_path / "kept")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        result.save(tmp_path / "file")
+
+
+def test_quantized_save_when_another_run_is_unfinished_there_leaves_it_alone(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "kept.partial").mkdir()
+    (tmp_path / "kept.partial" / "block-00000.json").write_text("{}")
+    result = run(make_model("llama"), "rtn")
+    result.save(tmp_path / "kept")
+    assert (tmp_path / "kept.partial" / "block-00000.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "kept.partial"]
+    with pytest.raises(CheckpointError, match="/proc/kept"):
+        result.save("/proc/kept")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,10 +9,9 @@ from torch import Tensor
 def tokens() -> Tensor:
     """Float64 inputs (400, 32): correlated, with channels of different size."""
     generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(32, 32, generator=generator, dtype=torch.float64) / 32**0.5
-    mix += 0.5 * torch.ones(32, 32, dtype=torch.float64) / 32**0.5
-    x = torch.randn(400, 32, generator=generator, dtype=torch.float64) @ mix
-    return x * torch.logspace(-0.5, 0.7, 32, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(400, 32, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, 32).double()
+    return x @ turn * torch.logspace(-0.3, 0.3, 32, dtype=torch.float64)
 
 
 @pytest.fixture

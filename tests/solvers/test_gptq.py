@@ -35,15 +35,19 @@ def test_gptq_when_hessian_is_diagonal_expect_rtn_exactly(
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(4, 1.3), (3, 2.0), (2, 2.0)])
-@pytest.mark.parametrize("activation_order", [False, True])
 def test_gptq_when_inputs_are_correlated_expect_much_less_output_error_than_rtn(
-    tokens: Tensor, weight: Tensor, bits: int, gain: float, activation_order: bool
+    tokens: Tensor, weight: Tensor, bits: int, gain: float
 ) -> None:
     hessian = tokens.t() @ tokens
     search = Quantizer(IntegerGrid(bits), None, ClipSearch())
-    solved = gptq(weight, hessian, search, activation_order=activation_order).quantized.decode()
-    rounded = rtn(weight, search).quantized.decode()
-    assert gain * error_of(solved, weight, hessian) < error_of(rounded, weight, hessian)
+    rounded = error_of(rtn(weight, search).quantized.decode(), weight, hessian)
+    ordered, natural = (
+        error_of(gptq(weight, hessian, search, activation_order=order).quantized.decode(), weight, hessian)
+        for order in (True, False)
+    )
+    assert gain * ordered < rounded
+    assert 1.3 * natural < rounded
+    assert ordered < natural
 
 
 @pytest.mark.parametrize("block", [1, 5, 8, 31, 128])
@@ -76,8 +80,8 @@ def test_sweep_when_nothing_is_rounded_finely_expect_reference_implementation(to
 
 def test_gptq_when_four_columns_expect_error_between_the_optimum_and_rtn() -> None:
     generator = torch.Generator().manual_seed(3)
-    strictly_better = 0
-    for _ in range(12):
+    better = worse = 0
+    for _ in range(40):
         x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
         x += 2 * torch.randn(50, 1, generator=generator, dtype=torch.float64)
         hessian, row = x.t() @ x, torch.randn(1, 4, generator=generator)
@@ -88,9 +92,10 @@ def test_gptq_when_four_columns_expect_error_between_the_optimum_and_rtn() -> No
         solved = error_of(gptq(row, hessian, plain(2), damping=1e-6).quantized.decode(), row, hessian)
         rounded = error_of(rtn(row, plain(2)).quantized.decode(), row, hessian)
         assert best <= solved * (1 + 1e-6)
-        strictly_better += solved < rounded * (1 - 1e-6)
-        assert solved <= rounded * 1.5  # greedy: not better every time, but never far worse
-    assert strictly_better >= 6
+        better += solved < rounded * (1 - 1e-6)
+        worse += solved > rounded * (1 + 1e-6)  # greedy: not better every time
+    assert better >= 12
+    assert better >= 4 * worse
 
 
 def test_gptq_when_columns_are_permuted_expect_act_order_codes_permuted_back(tokens: Tensor, weight: Tensor) -> None:

@@ -45,7 +45,7 @@ def test_scheme_when_nothing_is_rounded_expect_the_product_kept_exactly(name: st
     assert float((kept - target).abs().max() / target.abs().max()) < 1e-10
 
 
-@pytest.mark.parametrize(("name", "most"), [("token", 0.9), ("tensor", 0.9), ("channel", 0.02), ("stagger", 0.02)])
+@pytest.mark.parametrize(("name", "most"), [("token", 0.9), ("tensor", 0.99), ("channel", 0.02), ("stagger", 0.02)])
 def test_scheme_when_rounded_expect_product_near_and_codes_on_the_grid(name: str, most: float) -> None:
     scheme, x = SCHEMES[name], inputs().float()
     weight = torch.randn(13, CHANNELS, generator=torch.Generator().manual_seed(1))

@@ -138,7 +138,7 @@ def summary_view(result: Quantized, recipe: str, seconds: float, *, fresh: bool)
     if figures.get("kept_float"):
         table.add_row("kept in float", ", ".join(figures["kept_float"]))
     table.add_row("time", human_time(seconds))
-    note = "error = squared error of a site's outputs on held-out tokens, relative to their energy in the float model"
+    note = "error = squared error of a site's outputs against float weights on the same held-out input, relative"
     return [table, note]
 
 

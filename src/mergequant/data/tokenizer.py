@@ -1,11 +1,36 @@
-"""A tokenizer that puts BOS first by itself: what a model needs whose prefix stands for BOS."""
+"""Reading a model's tokenizer, and making one put BOS first by itself, as a prefix that stands for BOS demands."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from mergequant.errors import InputError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-__all__ = ["set_bos_in_tokenizer"]
+from mergequant.errors import InputError, ModelError
+
+__all__ = ["has_tokenizer", "read_tokenizer", "set_bos_in_tokenizer"]
+
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds the files of a tokenizer."""
+    return any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ModelError: there is none, or a broken one. (transformers would make up an empty one for some families, which
+            turns every text into nothing.)
+    """
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder}: no tokenizer there; put the tokenizer's files into the folder, or pass tokenizer=")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}); put working files there") from error
 
 
 def set_bos_in_tokenizer(tokenizer: Any, bos_id: int) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mergequant.data import (
     DataLike,
@@ -18,6 +18,7 @@ from mergequant.data import (
     sketch,
     sketch_from_json,
 )
+from mergequant.data.tokenizer import read_tokenizer
 from mergequant.data.windows import Bos
 from mergequant.errors import ModelError, UsageError
 from mergequant.eval.perplexity import Scores, score
@@ -222,10 +223,7 @@ def load_tokenizer(model: ModelLike) -> PreTrainedTokenizerBase:
     folder = _folder(model)
     if folder is None:
         raise UsageError("The model was not loaded from a folder, so its tokenizer is unknown; pass tokenizer=...")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Model {str(folder)!r}: its tokenizer cannot be loaded ({error}).") from error
+    return read_tokenizer(folder)
 
 
 def _size(given: ModelLike, loaded: PreTrainedModel, config: Any) -> Size:

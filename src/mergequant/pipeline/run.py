@@ -7,6 +7,7 @@ quantized block, write -> tail, config -> verify from disk.
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import time
@@ -37,6 +38,7 @@ from mergequant.checkpoint import (
     model_card,
     open_checkpoint,
 )
+from mergequant.checkpoint.files import disk_errors
 from mergequant.data import DataLike, DataSpec, Windows, as_data_spec, check_seqlen, draw_splits, sketch, sketch_to_json
 from mergequant.errors import StructureError, UsageError
 from mergequant.models import BlockStructure, ModelShell
@@ -112,16 +114,19 @@ class Quantized:
 
         Raises:
             UsageError: the folder holds something.
+            CheckpointError: the disk refuses.
         """
         target = Path(folder)
-        if target.exists() and any(target.iterdir()):
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise UsageError(f"{target} is not empty; choose another folder")
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(self.folder, partial)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own: `<target>.partial` may belong to a run that was interrupted.
+            with TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as beside:
+                copied = shutil.copytree(self.folder, Path(beside) / "checkpoint")
+                if target.exists():
+                    target.rmdir()
+                os.rename(copied, target)
         return target
 
 

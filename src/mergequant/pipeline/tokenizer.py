@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mergequant.data import Windows
 from mergequant.data.spec import DataSpec, TokenSource
-from mergequant.data.tokenizer import set_bos_in_tokenizer
-from mergequant.errors import ModelError, UsageError
+from mergequant.data.tokenizer import has_tokenizer, read_tokenizer, set_bos_in_tokenizer
+from mergequant.errors import UsageError
 from mergequant.models import ModelShell
 
 __all__ = ["NoTokenizer", "bos_of", "find_tokenizer", "tokenizer_files"]
 
 NOT_COPIED = ("config.json", "README.md")
-VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,19 @@ def find_tokenizer(shell: ModelShell, spec: DataSpec) -> PreTrainedTokenizerBase
 
     Raises:
         UsageError: a model in memory, and data that need a tokenizer.
-        ModelError: the folder holds no tokenizer, or a broken one. (transformers would make up an empty one for some
-            families, which turns every text into nothing.)
+        ModelError: the folder holds no tokenizer, or a broken one.
     """
     folder = shell.folder
-    held = folder is not None and any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern))
-    if not held and all(isinstance(part.source, TokenSource) for part in spec.parts):
+    if (folder is None or not has_tokenizer(folder)) and all(
+        isinstance(part.source, TokenSource) for part in spec.parts
+    ):
         bos = getattr(shell.config.get_text_config(), "bos_token_id", None)
         return NoTokenizer(bos if isinstance(bos, int) else None)
     if folder is None:
         raise UsageError(
             "a model in memory comes without a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)"
         )
-    if not held:
-        raise ModelError(f"{folder}: no tokenizer there; put the tokenizer's files into the folder, or pass tokenizer=")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({error}); put the tokenizer's files there") from error
+    return read_tokenizer(folder)
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase | NoTokenizer, windows: Windows) -> int | None:

@@ -1,4 +1,4 @@
-"""_REGISTER: a paper as an ordered list of steps with explicit parameters, and the register that knows them by name."""
+"""Recipes: a paper as an ordered list of steps with explicit parameters, and the register that knows them by name."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,7 +12,6 @@ from mergequant.errors import RecipeError
 from mergequant.steps import Step, fitting, near_name, step_from_dict
 
 __all__ = [
-    "_REGISTER",
     "Figure",
     "PrefixChoice",
     "Recipe",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.calibration import SiteContext
-from mergequant.errors import RecipeError
+from mergequant.errors import RecipeError, UsageError
 from mergequant.grids import IntegerGrid
 from mergequant.steps.base import SiteStep
 from mergequant.steps.judge import Judge, RoundingName
@@ -191,7 +191,10 @@ def dropped_to_width(context: SiteContext, scheme: ChannelScheme) -> ChannelSche
     surplus += (scheme.width - surplus) % 2
     if surplus <= 0:
         return scheme
-    return drop_slots(scheme, context.energy(scheme.values), scheme.fold(context.stacked_weight()), surplus)
+    try:
+        return drop_slots(scheme, context.energy(scheme.values), scheme.fold(context.stacked_weight()), surplus)
+    except UsageError as error:
+        raise RecipeError(f"{context.name}: {error}") from error
 
 
 def tie_channels(context: SiteContext, values: Tensor) -> Tensor:
