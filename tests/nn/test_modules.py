@@ -204,6 +204,9 @@ def test_linear_when_a_buffer_is_replaced_or_written_after_a_call_expect_new_res
     first = linear(x)
     linear.weight_codes = pack_codes(codes((OUTPUTS, WIDTH), 4, 5), 4)
     second = linear(x)
+    linear.weight_codes = pack_codes(codes((OUTPUTS, WIDTH), 4, 6), 4)  # another buffer of the same version
+    assert not torch.equal(linear(x), second)
+    second = linear(x)
     linear.weight_codes[0].zero_()
     third = linear(x)
     assert not torch.equal(first, second)

@@ -57,7 +57,7 @@ def test_int8_linear_when_width_is_odd_expect_exact_integers(width: int) -> None
     assert torch.equal(result.long(), reference(codes, weight))
 
 
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (1100,)])
 def test_linear_when_token_scales_and_bias_expect_float64_formula(leading: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     codes, weight = full_range((*leading, 34), 8), full_range((9, 34), 4, 1)

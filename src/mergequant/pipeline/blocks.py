@@ -11,29 +11,35 @@ from mergequant.calibration import BlockContext
 from mergequant.errors import CheckpointError
 from mergequant.models import ModelShell
 from mergequant.nn import LinearSpec, NormSpec, QuantLinear, QuantNorm, build_module, spec_from_dict
+from mergequant.pipeline.clock import Clock
 from mergequant.recipes import Recipe
 from mergequant.steps import BlockStep, SiteStep, Step
 
 __all__ = ["block_layers", "block_tensors", "outside_tensors", "quantize_block", "restore_block", "stored_as"]
 
 
-def quantize_block(context: BlockContext, recipe: Recipe) -> None:
+def quantize_block(context: BlockContext, recipe: Recipe, clock: Clock | None = None) -> None:
     """Run all steps of a recipe on a block whose float weights are loaded.
 
     Site steps that stand together run site after site, so that a later site sees the earlier ones as they are by then.
     """
+    clock = clock or Clock()
     for steps in _runs(recipe.steps):
         if isinstance(steps[0], BlockStep):
             for step in steps:
                 if isinstance(step, BlockStep):
-                    step.run(context)
+                    with clock.measure(step.name):
+                        step.run(context)
             continue
         for site in context.structure.sites:
             acting = [step for step in steps if isinstance(step, SiteStep) and step.applies_to(site)]
             if acting:
                 own = context.site(site)
+                with clock.measure("inputs of sites"):
+                    own.open()
                 for step in acting:
-                    step.run(own)
+                    with clock.measure(step.name):
+                        step.run(own)
                 own.close()
                 if own.solutions:  # rounded: its float weights and targets are not needed any more
                     del context.sites[site.name]

@@ -51,6 +51,7 @@ from mergequant.pipeline.blocks import (
     restore_block,
     stored_as,
 )
+from mergequant.pipeline.clock import Clock
 from mergequant.pipeline.plan import Plan, make_plan
 from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
@@ -201,7 +202,8 @@ def quantize(
     policy = policy or StorePolicy(torch.device(device))
     reporter.phase("looking for the prefix" if chosen.prefix == "auto" else "preparing")
     prefix = choose_prefix(chosen.prefix, shell, structures, windows.tokens, bos_of(words, windows), policy)
-    job = _Job(shell, chosen, windows, held_out, words, prefix, seed, policy, reporter)
+    clock = Clock()
+    job = _Job(shell, chosen, windows, held_out, words, prefix, seed, policy, reporter, clock)
     with ExitStack() as stack:
         if out is None:
             out = Path(stack.enter_context(TemporaryDirectory(prefix="mergequant-"))) / "checkpoint"
@@ -213,6 +215,7 @@ def quantize(
         figures = {**checkpoint.quantization.figures, **count_bits(checkpoint.folder)}
         # Not in the checkpoint, which must come out the same whether or not the run was interrupted.
         figures["seconds"] = round(time.perf_counter() - started, 1)
+        figures["seconds_by_step"] = clock.seconds()
         return Quantized(Path(out), figures, stack.pop_all())
 
 
@@ -229,6 +232,7 @@ class _Job:
     seed: int
     policy: StorePolicy
     reporter: Reporter
+    clock: Clock
 
     @cached_property
     def fingerprint(self) -> str:
@@ -268,9 +272,10 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
 
     def verify(folder: Path) -> None:
         job.reporter.phase("verifying")
-        own = Chain(shell, [kept_apart], job.policy, job.prefix)
-        verify_checkpoint(open_checkpoint(folder), own, expected)
-        own.close()
+        with job.clock.measure("verify"):
+            own = Chain(shell, [kept_apart], job.policy, job.prefix)
+            verify_checkpoint(open_checkpoint(folder), own, expected)
+            own.close()
 
     job.reporter.phase("writing")
     writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
@@ -295,7 +300,7 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain) -> dict[str, 
         else:
             generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
             context = BlockContext(chain, shell.structures[index], generator)
-            quantize_block(context, job.recipe)
+            quantize_block(context, job.recipe, job.clock)
             specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
             record = {"layers": specs, "figures": context.figures}
             if chain.prefix is not None:
@@ -307,7 +312,8 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain) -> dict[str, 
             prefix_states.append((chain.prefix.keys.float().cpu(), chain.prefix.values.float().cpu()))
         layers |= record["layers"]
         figures[name] = record["figures"]
-        chain.advance()
+        with job.clock.measure("running quantized blocks"):
+            chain.advance()
         shell.release_block(index)
         job.reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
     return {"layers": layers, "sites": figures, "prefix": prefix_states}
