@@ -78,9 +78,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = pipeline_run.quantize_block
 
-    def counted(context: Any, recipe: Any) -> None:
+    def counted(context: Any, recipe: Any, clock: Any) -> None:
         names.append(context.name)
-        real(context, recipe)
+        real(context, recipe, clock)
 
     monkeypatch.setattr(pipeline_run, "quantize_block", counted)
     return names

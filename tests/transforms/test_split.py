@@ -91,13 +91,13 @@ def split_scheme() -> ChannelScheme:
 def test_drop_slots_when_split_slots_are_the_weakest_expect_only_unsplit_ones_dropped(count: int) -> None:
     scheme = split_scheme()
     generator = torch.Generator().manual_seed(0)
-    energy = torch.rand(scheme.width, generator=generator, dtype=torch.float64) + 1
+    energy = torch.rand(12, generator=generator, dtype=torch.float64) + 1  # by channel
     folded = torch.rand(5, scheme.width, generator=generator) + 1
     folded[:, scheme.share < 1] *= 1e-6
     kept = drop_slots(scheme, energy, folded, count)
     assert kept.width == scheme.width - count
     assert torch.bincount(kept.index, minlength=12)[[1, 4, 9]].tolist() == [3, 2, 4]
-    importance = energy * folded.double().square().sum(0)
+    importance = energy[scheme.index] * folded.double().square().sum(0)
     unsplit = (scheme.share == 1).nonzero().flatten()
     weakest = unsplit[importance[unsplit].argsort()[:count]]
     assert sorted(set(scheme.index.tolist()) - set(kept.index.tolist())) == sorted(scheme.index[weakest].tolist())
@@ -105,6 +105,6 @@ def test_drop_slots_when_split_slots_are_the_weakest_expect_only_unsplit_ones_dr
 
 def test_drop_slots_when_more_than_the_unsplit_channels_expect_error() -> None:
     scheme = split_scheme()
-    energy, folded = torch.ones(scheme.width, dtype=torch.float64), torch.ones(2, scheme.width)
+    energy, folded = torch.ones(12, dtype=torch.float64), torch.ones(2, scheme.width)
     with pytest.raises(UsageError, match="only 9 channels are not split"):
         drop_slots(scheme, energy, folded, 10)

@@ -47,17 +47,15 @@ def int8_linear(
     _check("int8_linear", codes, weight, 1, weight_scale, token_scale, bias, out_dtype)
     rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     scales = None if token_scale is None else token_scale.reshape(-1, 1)
-    result = torch.empty((rows.shape[0], weight.shape[0]), dtype=out_dtype, device=codes.device)
-    step = ROWS_AT_ONCE if codes.device.type == "cpu" else max(rows.shape[0], 1)
-    for start in range(0, rows.shape[0], step):
-        piece = slice(start, start + step)
-        value = int_matmul(rows[piece], weight).float().mul_(weight_scale)
-        if scales is not None:
-            value.mul_(scales[piece])
-        if bias is not None:
-            value.add_(bias)
-        result[piece] = value
-    return result.reshape(*codes.shape[:-1], weight.shape[0])
+    shape = (*codes.shape[:-1], weight.shape[0])
+    if codes.device.type != "cpu" or rows.shape[0] <= ROWS_AT_ONCE:
+        return _piece(rows, weight, weight_scale, scales, bias).to(out_dtype).reshape(shape)
+    result = torch.empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
+    for start in range(0, rows.shape[0], ROWS_AT_ONCE):
+        piece = slice(start, start + ROWS_AT_ONCE)
+        own = None if scales is None else scales[piece]
+        result[piece] = _piece(rows[piece], weight, weight_scale, own, bias)
+    return result.reshape(shape)
 
 
 @torch.library.custom_op("mergequant::int4_linear", mutates_args=())
@@ -86,6 +84,16 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _piece(
+    rows: Tensor, weight: Tensor, weight_scale: Tensor, token_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Exact product and float32 epilogue of some rows (rows, outputs)."""
+    value = int_matmul(rows, weight).float().mul_(weight_scale)
+    if token_scale is not None:
+        value.mul_(token_scale)
+    return value if bias is None else value.add_(bias)
 
 
 def _check(

@@ -85,10 +85,13 @@ class Split(SiteStep):
         best = self.budgets[0]
         if len(candidates) > 1:
             judge = Judge("gptq", self.weight_bits)
-            losses = {
-                budget: judge.relative_error(context, self._final(context, candidates[budget]))
-                for budget in self.budgets
-            }
+            final = candidates
+            if self.prune:
+                energy = channel_energy(context, scheme)
+                final = {
+                    budget: dropped_to_width(context, candidate, energy) for budget, candidate in candidates.items()
+                }
+            losses = {budget: judge.relative_error(context, final[budget]) for budget in self.budgets}
             best = min(losses, key=lambda budget: losses[budget])
         context.scheme = candidates[best]
         copies = torch.bincount(context.scheme.index)
@@ -100,9 +103,6 @@ class Split(SiteStep):
         extra += (width + extra) % 2  # two 4-bit codes share a byte
         column = context.stacked_weight().abs().amax(0) * scheme.step if self.strength == "column" else scheme.step
         return split_channels(scheme.step, split_counts(column, extra), scheme.bits, stagger=self.stagger)
-
-    def _final(self, context: SiteContext, scheme: ChannelScheme) -> ChannelScheme:
-        return dropped_to_width(context, scheme) if self.prune else scheme
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Prune(SiteStep):
 
     def run(self, context: SiteContext) -> None:
         scheme = channel_scheme(context, self.name)
-        context.scheme = dropped_to_width(context, scheme)
+        context.scheme = dropped_to_width(context, scheme, channel_energy(context, scheme))
         context.report(dropped_channels=float(scheme.width - context.scheme.width))
 
 
@@ -185,14 +185,19 @@ def channel_scheme(context: SiteContext, step: str) -> ChannelScheme:
     return context.scheme
 
 
-def dropped_to_width(context: SiteContext, scheme: ChannelScheme) -> ChannelScheme:
+def channel_energy(context: SiteContext, scheme: ChannelScheme) -> Tensor:
+    """Sum over calibration tokens of every channel's squared code, unsplit (channels,)."""
+    return context.energy(ChannelScheme.plain(scheme.step, scheme.bits).values)
+
+
+def dropped_to_width(context: SiteContext, scheme: ChannelScheme, energy: Tensor) -> ChannelScheme:
     """The scheme with its least important slots dropped, back at the site's width."""
     surplus = scheme.width - context.site.width
     surplus += (scheme.width - surplus) % 2
     if surplus <= 0:
         return scheme
     try:
-        return drop_slots(scheme, context.energy(scheme.values), scheme.fold(context.stacked_weight()), surplus)
+        return drop_slots(scheme, energy, scheme.fold(context.stacked_weight()), surplus)
     except UsageError as error:
         raise RecipeError(f"{context.name}: {error}") from error
 

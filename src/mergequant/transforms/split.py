@@ -62,7 +62,8 @@ def drop_slots(scheme: ChannelScheme, energy: Tensor, folded: Tensor, count: int
 
     Args:
         scheme: the split scheme.
-        energy: sum over tokens of q_k^2 (width,).
+        energy: sum over tokens of q_k^2, by channel (channels,). Only unsplit channels' count, whose codes are the same
+            whatever is split beside them.
         folded: W' of all consumers stacked (outputs, width).
         count: number of slots to drop; at most the number of unsplit channels.
 
@@ -75,7 +76,7 @@ def drop_slots(scheme: ChannelScheme, energy: Tensor, folded: Tensor, count: int
         raise UsageError(
             f"{count} slots are to be dropped, but only {unsplit} channels are not split; split less, or keep the width"
         )
-    importance = energy.double() * folded.double().square().sum(0)
+    importance = energy.double()[scheme.index] * folded.double().square().sum(0)
     importance = torch.where(scheme.share < 1, torch.full_like(importance, torch.inf), importance)
     dropped = torch.argsort(importance, stable=True)[:count]
     kept = torch.ones(scheme.width, dtype=torch.bool, device=dropped.device)
