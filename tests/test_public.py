@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
 import json, os, signal, sys, warnings
 import torch, transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, quantizers  # what these do is not ours
+# What these do is not ours: transformers.generation, for one, brings pyarrow along where scikit-learn is installed.
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, generation, quantizers
+from transformers.generation import GenerationMixin
+known = set(sys.modules)
 before = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), len(warnings.filters),
           transformers.utils.logging.get_verbosity(), dict(os.environ), signal.getsignal(signal.SIGINT))
 import mergequant
@@ -24,7 +27,7 @@ print(json.dumps({
     "unchanged": before == after,
     "registered": "mergequant" in AUTO_QUANTIZER_MAPPING,
     "cuda": torch.cuda.is_initialized(),
-    "optional": sorted({"lm_eval", "matplotlib", "datasets", "pyarrow", "mergequant.cli"} & set(sys.modules)),
+    "optional": sorted({"lm_eval", "matplotlib", "datasets", "pyarrow", "mergequant.cli"} & (set(sys.modules) - known)),
 }))
 """
 
