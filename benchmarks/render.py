@@ -117,7 +117,7 @@ def quantize(runs: dict[str, Any]) -> str:
     total = runs["seconds"]
     parts = ", ".join(f"{name} {value / total:.0%}" for name, value in runs["seconds_by_step"].items() if value > 0.5)
     return (
-        f"`{runs['recipe']}` on `{runs['model']}`: **{total:.0f} s**, peak memory **{runs['peak_rss_mb']} MB** resident, "
+        f"`{runs['recipe']}` on `{runs['model']}`: **{total:.0f} s**, peak memory **{runs['peak_rss_mb']} MB**, "
         f"linear layers {runs['linear_bits_per_parameter']:.2f} bits per parameter. Time: {parts}.\n"
     )
 
