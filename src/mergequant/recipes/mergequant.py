@@ -9,7 +9,7 @@ into the norm's multiplier and the weights' columns; weak channels dropped (or t
 the codes. Inputs of o_proj and down_proj, which no norm makes, are a parameter of their own (`other`).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from mergequant.errors import RecipeError
 from mergequant.models.roles import SiteKind
@@ -28,7 +28,7 @@ from mergequant.steps import (
     TokenInput,
 )
 
-__all__ = ["mergequant", "mergequant_plus", "mergequant_w4a8"]
+__all__ = ["mergequant"]
 
 PAPER = "MergeQuant, arXiv 2503.07654"
 EXPECTED = (
@@ -45,10 +45,31 @@ Other = Literal["dynamic", "static", "hadamard", "hadamard-static"]
 
 NORM: tuple[SiteKind, ...] = ("norm",)
 OTHER: tuple[SiteKind, ...] = ("attention_output", "mlp_output")
+# The extensions beyond the paper. With `other=static other_bits=8` no Hadamard and no dynamic op is left.
+PLUS: dict[str, Any] = {
+    "split": 0.05,
+    "strength": "column",
+    "stagger": True,
+    "width": "pad",
+    "other": "hadamard-static",
+    "prefix": "bos",
+}
 AUTO_BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1)
 
 
 @register_recipe("mergequant", paper=PAPER, expected=EXPECTED)
+@register_recipe(
+    "mergequant-plus",
+    paper=f"{PAPER}, with this project's extensions",
+    summary="Fully static W4A4: staggered copies, padding, online Hadamard with static steps, a prefix.",
+    defaults=PLUS,
+)
+@register_recipe(
+    "mergequant-w4a8",
+    paper=f"{PAPER}, with this project's extensions, 8-bit activations",
+    summary="Fully static W4A8, the quality default.",
+    defaults={**PLUS, "activation_bits": 8, "other_bits": 8, "compensation": "none"},
+)
 def mergequant(
     *,
     weight_bits: int = 4,
@@ -112,59 +133,6 @@ def mergequant(
         steps.append(LowRank(weight_bits=weight_bits))
     steps.append(Round(method=rounding, bits=weight_bits))
     return tuple(steps), prefix
-
-
-@register_recipe("mergequant-plus", paper=f"{PAPER}, with this project's extensions")
-def mergequant_plus(
-    *,
-    weight_bits: int = 4,
-    activation_bits: int = 4,
-    quantile: float = 1.0,
-    split: float | Literal["auto"] = 0.05,
-    strength: Literal["step", "column"] = "column",
-    stagger: bool = True,
-    width: Width = "pad",
-    tile: int = 64,
-    clip: Clipping = "joint",
-    compensation: Compensation = "least_squares",
-    ridge: float = 0.1,
-    rounding: Rounding = "gptq",
-    other: Other = "hadamard-static",
-    other_bits: int = 4,
-    other_split: float = 0.0,
-    prefix: str | tuple[int, ...] = "bos",
-    allow_no_prefix: bool = False,
-) -> tuple[tuple[Step, ...], PrefixChoice]:
-    """Fully static W4A4: MergeQuant with staggered copies, padding, online Hadamard with static steps, and a prefix.
-
-    Parameters as in `mergequant`. With `other=static other_bits=8` no Hadamard and no dynamic op is left.
-    """
-    return mergequant(**locals())
-
-
-@register_recipe("mergequant-w4a8", paper=f"{PAPER}, with this project's extensions, 8-bit activations")
-def mergequant_w4a8(
-    *,
-    weight_bits: int = 4,
-    activation_bits: int = 8,
-    quantile: float = 1.0,
-    split: float | Literal["auto"] = 0.05,
-    strength: Literal["step", "column"] = "column",
-    stagger: bool = True,
-    width: Width = "pad",
-    tile: int = 64,
-    clip: Clipping = "joint",
-    compensation: Compensation = "none",
-    ridge: float = 0.1,
-    rounding: Rounding = "gptq",
-    other: Other = "hadamard-static",
-    other_bits: int = 8,
-    other_split: float = 0.0,
-    prefix: str | tuple[int, ...] = "bos",
-    allow_no_prefix: bool = False,
-) -> tuple[tuple[Step, ...], PrefixChoice]:
-    """Fully static W4A8, the quality default. Parameters as in `mergequant`."""
-    return mergequant(**locals())
 
 
 def _other_inputs(

@@ -168,18 +168,28 @@ class _Registered:
     builder: Builder
     paper: str
     expected: tuple[Figure, ...]
+    summary: str
+    defaults: Mapping[str, Any]
 
 
 _REGISTER: dict[str, _Registered] = {}
 
 
-def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ()) -> Callable[[Builder], Builder]:
+def register_recipe(
+    name: str,
+    *,
+    paper: str,
+    expected: tuple[Figure, ...] = (),
+    summary: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Builder], Builder]:
     """Decorator: make a function of keyword parameters with defaults known as a recipe.
 
-    The function returns the steps and the prefix choice. Its docstring describes the recipe and its parameters.
+    The function returns the steps and the prefix choice. Its docstring describes the recipe and its parameters. A
+    function may be registered under several names, with other `defaults` and a `summary` of its own for each.
 
     Raises:
-        RecipeError: the name is taken by another function.
+        RecipeError: the name is taken by another function, or a default is no parameter or does not fit.
     """
 
     def register(builder: Builder) -> Builder:
@@ -190,7 +200,12 @@ def register_recipe(name: str, *, paper: str, expected: tuple[Figure, ...] = ())
                 f"recipe name {name!r} is taken by {taken.builder.__module__}.{taken.builder.__qualname__}; "
                 f"{new} needs another"
             )
-        _REGISTER[name] = _Registered(builder, paper, expected)
+        parameters, hints = inspect.signature(builder).parameters, get_type_hints(builder)
+        for key, value in (defaults or {}).items():
+            if key not in parameters:
+                raise RecipeError(f"recipe {name!r}: default {key!r} is no parameter{near_name(key, parameters)}")
+            fitting(value, hints[key], f"recipe {name!r}, default {key}")
+        _REGISTER[name] = _Registered(builder, paper, expected, summary, dict(defaults or {}))
         return builder
 
     return register
@@ -204,7 +219,9 @@ def list_recipes() -> list[str]:
 def describe_recipe(name: str) -> str:
     """What a registered recipe does and what its parameters mean; the first line is a summary. Raises RecipeError."""
     get_recipe(name)
-    return inspect.getdoc(_REGISTER[name].builder) or ""
+    entry = _REGISTER[name]
+    first, _, rest = (inspect.getdoc(entry.builder) or "").partition("\n")
+    return f"{entry.summary or first}\n{rest}" if rest else entry.summary or first
 
 
 def get_recipe(name: str, **parameters: Any) -> Recipe:
@@ -218,7 +235,8 @@ def get_recipe(name: str, **parameters: Any) -> Recipe:
     entry = _REGISTER[name]
     signature = inspect.signature(entry.builder)
     hints = get_type_hints(entry.builder)
-    values = {key: parameter.default for key, parameter in signature.parameters.items()}
+    values: dict[str, Any] = {key: parameter.default for key, parameter in signature.parameters.items()}
+    values |= entry.defaults
     for key, value in parameters.items():
         if key not in values:
             raise RecipeError(f"recipe {name!r} has no parameter {key!r}{near_name(key, values)}")
