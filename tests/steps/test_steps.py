@@ -313,7 +313,7 @@ def test_low_rank_when_trained_expect_block_error_to_fall_and_targets_for_every_
     before = {name: p.clone() for name, p in context.module.named_parameters()}
     LowRank(epochs=4).run(context)
     figures = context.figures["block"]
-    assert figures["low_rank_error_after"] < figures["low_rank_error_before"]
+    assert figures["low_rank_loss_last_epoch"] < figures["low_rank_loss_first_epoch"]
     assert all(torch.equal(p, before[name]) for name, p in context.module.named_parameters())  # a copy was trained
     for own in context.sites.values():
         assert own.targets is not None

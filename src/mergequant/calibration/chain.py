@@ -112,7 +112,7 @@ class Chain:
         name = self.shell.block_names[self.position]
         for number in range(len(self.chunks)):
             output = self.run(self.hidden[number])
-            check_finite(output, f"{name}: output of the quantized block")
+            check_finite(output, f"{name}: output of the block")
             self.hidden.replace(number, output)
         self.position += 1
 

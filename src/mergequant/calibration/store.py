@@ -1,9 +1,11 @@
 """Activations that wait their turn: on the device while they fit, then in memory, then on disk."""
 
+import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,7 +39,8 @@ class ActivationStore:
         self._entries: list[Tensor | Path] = []
         self._on_device = 0
         self._in_memory = 0
-        self._spill: TemporaryDirectory[str] | None = None
+        self._spill: Path | None = None
+        self._remove: weakref.finalize[..., ActivationStore] | None = None
 
     def append(self, value: Tensor) -> None:
         """Add a tensor at the end."""
@@ -66,9 +69,9 @@ class ActivationStore:
     def close(self) -> None:
         """Forget everything and remove what was spilled."""
         self._entries.clear()
-        if self._spill is not None:
-            self._spill.cleanup()
-            self._spill = None
+        if self._remove is not None:
+            self._remove()
+        self._spill = self._remove = None
 
     def _place(self, value: Tensor, position: int) -> Tensor | Path:
         size = value.numel() * value.element_size()
@@ -79,7 +82,9 @@ class ActivationStore:
             self._in_memory += size
             return value.cpu()
         if self._spill is None:
-            self._spill = TemporaryDirectory(prefix="mergequant-activations-", dir=self._policy.folder)
-        path = Path(self._spill.name) / f"{position:06d}.safetensors"
+            self._spill = Path(mkdtemp(prefix="mergequant-activations-", dir=self._policy.folder))
+            # Also when nobody comes to `close`: an error or Ctrl-C must not leave gigabytes behind.
+            self._remove = weakref.finalize(self, shutil.rmtree, self._spill, ignore_errors=True)
+        path = self._spill / f"{position:06d}.safetensors"
         save_file({"value": value.cpu().contiguous()}, path)
         return path

@@ -54,7 +54,7 @@ def model_card(
         "",
     ]
     if quantization.provenance:
-        lines += ["## Provenance", "", *_table({"": quantization.provenance}, flat=True), ""]
+        lines += ["## Provenance", "", *_table({"": _readable(quantization.provenance)}, flat=True), ""]
     return "\n".join(lines)
 
 
@@ -64,10 +64,26 @@ def _scheme(quantization: Quantization) -> str:
         if isinstance(spec, NormSpec):
             text = f"norms that emit {spec.bits}-bit codes"
         else:
-            activation = "float" if spec.input.kind == "float" else f"{spec.input.bits}-bit {spec.input.kind}"
-            text = f"linear layers with {spec.weight_bits}-bit weights and {activation} inputs"
+            inputs = {
+                "float": "float inputs",
+                "codes": f"{spec.input.bits}-bit inputs from a norm",
+                "static": f"{spec.input.bits}-bit inputs with static scales",
+                "dynamic": f"{spec.input.bits}-bit inputs with a scale per token",
+            }[spec.input.kind]
+            text = f"linear layers with {spec.weight_bits}-bit weights and {inputs}"
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{count} {text}" for text, count in sorted(counts.items()))
+
+
+def _readable(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Provenance for people: nested values in words, without the data sketches, which only programs compare."""
+    rows = {}
+    for key, value in provenance.items():
+        if isinstance(value, Mapping) and "hashes" in value:
+            continue
+        nested = value.items() if isinstance(value, Mapping) else ()
+        rows[key] = ", ".join(f"{name} {part}" for name, part in nested if part not in (None, "")) or str(value)
+    return rows
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], *, flat: bool = False) -> list[str]:

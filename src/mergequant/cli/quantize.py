@@ -133,6 +133,13 @@ def summary_view(result: Quantized, recipe: str, seconds: float, *, fresh: bool)
         "linear layers",
         f"{human_bytes(figures['linear_bytes'])}, {figures['linear_bits_per_parameter']:.2f} bits per parameter",
     )
+    held_out = figures.get("held_out")
+    if held_out:
+        table.add_row(
+            "on held-out data",
+            f"NLL {held_out['nll_increase']:+.4f} over float, KL {held_out['kl_mean']:.4f}, "
+            f"top-1 agreement {held_out['top1_agreement']:.1%}",
+        )
     for row, (name, error) in enumerate(_worst_sites(figures["sites"])):
         table.add_row("" if row else "largest error", f"{error:.4f} at {name}")
     if figures.get("kept_float"):

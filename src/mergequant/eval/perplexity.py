@@ -88,7 +88,7 @@ class _Runner:
             row, position = (~finite).nonzero()[0].tolist()
             raise NumericsError(
                 f"{self.name} model gave a non-finite logit in window {first_window + row} at position {position}; "
-                "evaluate in float32 or bfloat16, or look for the first bad layer with `mergequant inspect`."
+                "evaluate in float32 or bfloat16; a quantized model that does so in float32 should be made anew."
             )
         return logits
 

@@ -52,6 +52,7 @@ from mergequant.pipeline.blocks import (
     stored_as,
 )
 from mergequant.pipeline.clock import Clock
+from mergequant.pipeline.heldout import FloatCompanion
 from mergequant.pipeline.plan import Plan, make_plan
 from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
@@ -257,7 +258,10 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     kept_apart = Chunk(job.held_out.tokens[:VERIFY_WINDOWS], "verify")
     chunks = [*chunked(job.windows.tokens, "calibration"), *chunked(job.held_out.tokens, "held_out"), kept_apart]
     chain = Chain(shell, chunks, job.policy, job.prefix)
-    collected = _run_blocks(job, writer, chain)
+    companion = FloatCompanion(shell, job.held_out.tokens, job.policy)
+    collected = _run_blocks(job, writer, chain, companion)
+    collected["held_out"] = companion.compare(chain)
+    companion.close()
     expected = chain.logits(len(chunks) - 1)
     tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
     quantization = _describe(job, collected)
@@ -268,7 +272,8 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     config = {**shell.config.to_dict(), "quantization_config": quantization}
     config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
     files = tokenizer_files(job.tokenizer, shell, job.prefix)
-    card = model_card(writer.out.name, Quantization.from_dict(quantization), base=_base_name(shell))
+    results = {"held-out windows of the calibration data": collected["held_out"]}
+    card = model_card(writer.out.name, Quantization.from_dict(quantization), base=_base_name(shell), results=results)
 
     def verify(folder: Path) -> None:
         job.reporter.phase("verifying")
@@ -281,7 +286,7 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
 
 
-def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain) -> dict[str, Any]:
+def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: FloatCompanion) -> dict[str, Any]:
     """Quantize and write all blocks that are not written yet; run those that are."""
     shell = job.shell
     layers: dict[str, Any] = {}
@@ -290,6 +295,8 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain) -> dict[str, 
     for index, name in enumerate(shell.block_names):
         shell.load_block(index)
         chain.begin_block()
+        with job.clock.measure("float model on held-out windows"):
+            companion.advance()
         if index < writer.done:
             record = writer.block_record(index)
             if chain.prefix is not None:
@@ -415,6 +422,7 @@ def _describe(job: _Job, collected: dict[str, Any]) -> dict[str, Any]:
             "parameters": planned.parameters,
             "linear_parameters": planned.linear_parameters,
             "kept_float": planned.kept,
+            "held_out": collected["held_out"],
             "sites": collected["sites"],
         },
     }

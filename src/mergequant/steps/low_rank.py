@@ -58,7 +58,7 @@ class LowRank(BlockStep):
         first, last = self._train(context, block, corrections, inputs, targets)
         for own in contexts:
             own.targets = {name: corrections[name].corrected().detach() for name in own.site.consumers}
-        context.report("block", low_rank_error_before=first, low_rank_error_after=last)
+        context.report("block", low_rank_loss_first_epoch=first, low_rank_loss_last_epoch=last)
 
     def _trainable(
         self, context: BlockContext, contexts: list[SiteContext]
@@ -87,7 +87,7 @@ class LowRank(BlockStep):
         inputs: list[Tensor],
         targets: list[Tensor],
     ) -> tuple[float, float]:
-        """Train; returns the relative error of the block's output before and after."""
+        """Train; returns the mean relative error of the block's output over the first and over the last epoch."""
         parameters = [parameter for linear in corrections.values() for parameter in (linear.down, linear.up)]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(inputs))

@@ -1,0 +1,59 @@
+"""What quantizing cost, measured on the way: the float model runs beside the quantized one on the held-out windows.
+
+Each block holds its float weights for a moment before it is quantized; the held-out windows pass through it then. The
+recipe has seen these windows in its choices, so the figures are a little optimistic; `mergequant eval` on other text is
+the honest measure.
+"""
+
+import torch
+
+from mergequant.calibration import Chain, StorePolicy, chunked
+from mergequant.models import ModelShell
+
+__all__ = ["FloatCompanion"]
+
+
+class FloatCompanion:
+    """The held-out windows on their way through the float model."""
+
+    def __init__(self, shell: ModelShell, tokens: torch.Tensor, policy: StorePolicy) -> None:
+        self._chain = Chain(shell, list(chunked(tokens, "held_out")), policy, None)
+
+    def advance(self) -> None:
+        """Run the next block, which must hold its float weights now."""
+        self._chain.advance()
+
+    @torch.no_grad()
+    def compare(self, chain: Chain) -> dict[str, float]:
+        """Figures of the quantized chain against the float model, over the tokens that both predict.
+
+        Returns:
+            float_nll, nll_increase, kl_mean (nats per token) and top1_agreement; predicted_tokens.
+        """
+        float_nll = nll = kl = 0.0
+        agreements = tokens = 0
+        for own, number in enumerate(chain.numbers("held_out")):
+            exact = self._chain.logits(own)
+            coded = chain.logits(number)
+            skipped = exact.shape[1] - coded.shape[1]  # a BOS that the prefix stands for is not run
+            labels = self._chain.chunks[own].tokens[:, skipped + 1 :].to(exact.device)
+            for row in range(labels.shape[0]):  # by window, to keep the float32 logarithms small
+                exact_log = exact[row, skipped:-1].float().log_softmax(-1)
+                coded_log = coded[row, :-1].float().log_softmax(-1)
+                picked = labels[row, :, None]
+                float_nll -= float(exact_log.gather(-1, picked).sum(dtype=torch.float64))
+                nll -= float(coded_log.gather(-1, picked).sum(dtype=torch.float64))
+                kl += float((exact_log.exp() * (exact_log - coded_log)).sum(dtype=torch.float64))
+                agreements += int((exact_log.argmax(-1) == coded_log.argmax(-1)).sum())
+            tokens += labels.numel()
+        return {
+            "float_nll": float_nll / tokens,
+            "nll_increase": (nll - float_nll) / tokens,
+            "kl_mean": kl / tokens,
+            "top1_agreement": agreements / tokens,
+            "predicted_tokens": tokens,
+        }
+
+    def close(self) -> None:
+        """Free the hidden states."""
+        self._chain.close()
