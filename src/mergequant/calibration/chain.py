@@ -116,9 +116,10 @@ class Chain:
             self.hidden.replace(number, output)
         self.position += 1
 
-    def logits(self, number: int) -> Tensor:
-        """Logits of a chunk after the last block (batch, tokens run, vocabulary)."""
-        return self.shell.logits(self._run_tokens(self.chunks[number].tokens), self.hidden[number])
+    def logits(self, number: int, rows: slice = slice(None)) -> Tensor:
+        """Logits of a chunk, or of some windows of it, after the last block (windows, tokens run, vocabulary)."""
+        tokens = self._run_tokens(self.chunks[number].tokens)[rows]
+        return self.shell.logits(tokens, self.hidden[number][rows])
 
     def prefix_output(self) -> Tensor:
         """What the decoder gives for the prefix after its last block (P, channels): normed, projected, as it does."""

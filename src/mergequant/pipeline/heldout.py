@@ -33,19 +33,19 @@ class FloatCompanion:
         float_nll = nll = kl = 0.0
         agreements = tokens = 0
         for own, number in enumerate(chain.numbers("held_out")):
-            exact = self._chain.logits(own)
-            coded = chain.logits(number)
-            skipped = exact.shape[1] - coded.shape[1]  # a BOS that the prefix stands for is not run
-            labels = self._chain.chunks[own].tokens[:, skipped + 1 :].to(exact.device)
-            for row in range(labels.shape[0]):  # by window, to keep the float32 logarithms small
-                exact_log = exact[row, skipped:-1].float().log_softmax(-1)
-                coded_log = coded[row, :-1].float().log_softmax(-1)
-                picked = labels[row, :, None]
+            windows = self._chain.chunks[own].tokens
+            for row in range(windows.shape[0]):  # one by one: logits of a chunk would be the largest tensor of the run
+                exact = self._chain.logits(own, slice(row, row + 1))[0]
+                coded = chain.logits(number, slice(row, row + 1))[0]
+                skipped = exact.shape[0] - coded.shape[0]  # a BOS that the prefix stands for is not run
+                exact_log = exact[skipped:-1].float().log_softmax(-1)
+                coded_log = coded[:-1].float().log_softmax(-1)
+                picked = windows[row, skipped + 1 :, None].to(exact.device)
+                tokens += picked.numel()
                 float_nll -= float(exact_log.gather(-1, picked).sum(dtype=torch.float64))
                 nll -= float(coded_log.gather(-1, picked).sum(dtype=torch.float64))
                 kl += float((exact_log.exp() * (exact_log - coded_log)).sum(dtype=torch.float64))
                 agreements += int((exact_log.argmax(-1) == coded_log.argmax(-1)).sum())
-            tokens += labels.numel()
         return {
             "float_nll": float_nll / tokens,
             "nll_increase": (nll - float_nll) / tokens,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergequant import ops
+from mergequant.calibration.chain import TOKENS_PER_CHUNK
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.pipeline.blocks import outside_tensors
 from mergequant.recipes import Recipe
@@ -12,7 +13,9 @@ from mergequant.steps import Ranges, Rotate, Round, SiteStep, TensorInput, Token
 
 __all__ = ["Plan", "SitePlan", "make_plan"]
 
-FLOAT32 = 4
+FLOAT32, FLOAT64 = 4, 8
+WORKING_COPIES = 8  # of a chunk, of a window's logits, of a Gram matrix: what steps hold at a time, about
+PROCESS_BYTES = 400 << 20  # Python with torch and transformers, before anything is loaded
 STREAM_FLOPS = 6e10  # float32 multiply-adds a second that two CPU cores reach; a first estimate, replaced when running
 
 
@@ -100,7 +103,10 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     outside = sum(_count(tuple(tensor.shape)) for tensor in outside_tensors(shell).values())
     in_blocks = sum(_count(shape) for i in range(len(structures)) for shape in shell.block_parameters(i).values())
     hidden = shell.config.get_text_config().hidden_size
-    peak = FLOAT32 * (outside + 2 * largest_block + tokens * (hidden + widest) + 4 * widest**2)
+    activations = tokens * (hidden + widest) + WORKING_COPIES * TOKENS_PER_CHUNK * widest
+    logits = WORKING_COPIES * seqlen * shell.vocabulary
+    peak = FLOAT32 * (outside + 3 * largest_block + activations + logits) + FLOAT64 * WORKING_COPIES * widest**2
+    peak += PROCESS_BYTES
     bits = max((step.bits for step in rounding), default=16)
     stored = linear_parameters * (bits / 8 + 0.02) + (outside + in_blocks - linear_parameters) * 2
     backends = tuple(choice for name in (None, "sm_80", "sm_89", "sm_90") for choice in ops.explain(name))
