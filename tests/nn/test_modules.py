@@ -9,9 +9,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mergequant import ops
-from mergequant.errors import CheckpointError, KernelError
+from mergequant.errors import CheckpointError, InputError, KernelError
 from mergequant.grids import pack_codes
-from mergequant.nn import InputSpec, LinearSpec, NormSpec, PrefixSpec, PrefixStore, QuantLinear, QuantNorm
+from mergequant.nn import (
+    InputSpec,
+    KVScales,
+    KVSpec,
+    LinearSpec,
+    NormSpec,
+    PrefixSpec,
+    PrefixStore,
+    QuantLinear,
+    QuantNorm,
+)
 
 CHANNELS, WIDTH, OUTPUTS, EPS = 40, 44, 12, 1e-6
 
@@ -306,3 +316,18 @@ def test_prefix_store_when_filled_expect_every_row_and_layer_of_a_cache_to_hold_
         for row in range(3):
             assert torch.equal(keys[row], store.keys[layer].bfloat16())
             assert torch.equal(values[row], store.values[layer].bfloat16())
+
+
+def test_kv_scales_when_cast_expect_float32_steps_by_layer_and_bits() -> None:
+    scales = KVScales(KVSpec(layers=3, kv_heads=2, key_width=4, value_width=6))
+    assert set(scales.state_dict()) == {f"{part}_scale_{bits}" for part in ("key", "value") for bits in (8, 4)}
+    for number, buffer in enumerate(scales.buffers()):
+        buffer.copy_(torch.rand(buffer.shape) + number)
+    before = {name: value.clone() for name, value in scales.state_dict().items()}
+    scales.half()
+    for bits in (8, 4):
+        keys, values = scales.steps(1, bits)
+        assert torch.equal(keys, before[f"key_scale_{bits}"][1])
+        assert torch.equal(values, before[f"value_scale_{bits}"][1])
+    with pytest.raises(InputError, match="8 or 4 bits, not 3"):
+        scales.steps(0, 3)

@@ -8,6 +8,7 @@ import pytest
 from mergequant.errors import CheckpointError
 from mergequant.nn import (
     InputSpec,
+    KVSpec,
     LinearSpec,
     NormSpec,
     PrefixSpec,
@@ -30,6 +31,7 @@ SPECS: list[Spec] = [
     LinearSpec(8, InputSpec("codes", 41, 41), weight_bits=5),
     NormSpec("rms", 40, 40, 4, 1e-6),
     NormSpec("layer", 40, 44, 8, 0.0, gathers=True, shifts=True),
+    KVSpec(2, 2, 16, 8),
     PrefixSpec((1, 7), True, 2, 2, 16, 8, 40),
 ]
 
@@ -53,6 +55,7 @@ def test_to_dict_when_fields_hold_their_default_expect_them_left_out() -> None:
 LINEAR: dict[str, Any] = {"outputs": 8, "input": {"kind": "static", "in_width": 40, "width": 40}}
 NORM: dict[str, Any] = {"norm": "rms", "channels": 40, "width": 40, "bits": 4, "eps": 1e-6}
 PREFIX: dict[str, Any] = SPECS[-1].to_dict()
+KV: dict[str, Any] = SPECS[-2].to_dict()
 HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LINEAR, {"outputs": 0}, "outputs"),
     (LINEAR, {"outputs": -1}, "outputs"),
@@ -98,6 +101,10 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (PREFIX, {"tokens": "12"}, "tokens"),
     (PREFIX, {"layers": 0}, "layers"),
     (PREFIX, {"replaces_bos": 1}, "replaces_bos"),
+    (KV, {"layers": 0}, "layers"),
+    (KV, {"value_width": -4}, "widths"),
+    (KV, {"kv_heads": True}, "kv_heads"),
+    (KV, {"bits": 4}, "bits"),
 ]
 
 
@@ -106,7 +113,8 @@ def test_from_dict_when_hostile_expect_error_that_names_place_and_key(
     base: dict[str, Any], change: dict[str, Any], word: str
 ) -> None:
     def build(data: dict[str, Any]) -> Spec:
-        return PrefixSpec.from_dict(data, "blocks.3") if base is PREFIX else spec_from_dict(data, "blocks.3")
+        kind = {id(PREFIX): PrefixSpec, id(KV): KVSpec}.get(id(base))
+        return spec_from_dict(data, "blocks.3") if kind is None else kind.from_dict(data, "blocks.3")
 
     build(base)  # right before it is spoilt
     with pytest.raises(CheckpointError, match=word) as caught:
@@ -114,9 +122,9 @@ def test_from_dict_when_hostile_expect_error_that_names_place_and_key(
     assert "blocks.3" in str(caught.value)
 
 
-@pytest.mark.parametrize("base", [LINEAR, NORM, PREFIX])
+@pytest.mark.parametrize("base", [LINEAR, NORM, PREFIX, KV])
 def test_from_dict_when_a_key_is_missing_expect_error_that_names_it(base: dict[str, Any]) -> None:
-    kind = PrefixSpec if base is PREFIX else NormSpec if base is NORM else LinearSpec
+    kind = {id(PREFIX): PrefixSpec, id(KV): KVSpec, id(NORM): NormSpec}.get(id(base), LinearSpec)
     for key in base:
         with pytest.raises(CheckpointError, match=f"'{key}' is missing"):
             kind.from_dict({k: v for k, v in base.items() if k != key}, "here")

@@ -26,7 +26,7 @@ def test_rotation_when_width_is_that_of_a_large_model_expect_orthonormal_factors
         assert float((factor @ factor.t() - torch.eye(len(factor), dtype=torch.float64)).abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("width", [1, 2, 12, 20, 28, 36, 44, 64, 76, 704, 1408, 160])
+@pytest.mark.parametrize("width", [1, 2, 12, 20, 28, 36, 44, 64, 76, 704, 1408, 160, 172, 1376])
 def test_rotation_when_a_construction_is_known_expect_plus_and_minus_one(width: int) -> None:
     rotation = ops.rotation(width)
     assert "cosine" not in rotation.name
@@ -47,6 +47,36 @@ def test_paley_second_when_prime_is_1_mod_4_expect_hadamard_matrix(prime: int) -
     order = 2 * (prime + 1)
     assert set(matrix.unique().tolist()) == {-1.0, 1.0}
     assert torch.equal(matrix @ matrix.t(), order * torch.eye(order, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("odd", sorted(hadamard.WILLIAMSON))
+def test_williamson_when_sequences_are_in_the_table_expect_hadamard_matrix(odd: int) -> None:
+    matrix = hadamard._williamson(odd)
+    assert set(matrix.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(matrix @ matrix.t(), 4 * odd * torch.eye(4 * odd, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [172, 1376, 11008, 22016])
+def test_rotation_when_width_is_43_times_a_power_of_two_expect_williamsons_base(width: int) -> None:
+    rotation = ops.rotation(width)
+    assert rotation.name == f"williamson-172 x sylvester-{width // 172}"
+    assert rotation.is_hadamard
+
+
+@pytest.mark.parametrize(("width", "inner"), [(1, 1), (64, 16), (172, 1), (704, 16), (704, 4), (1376, 8)])
+def test_sign_factors_when_cut_anywhere_expect_the_same_rotation(width: int, inner: int) -> None:
+    outer, right = hadamard.sign_factors(width, inner)
+    assert outer.dtype == right.dtype == torch.int8
+    assert set(torch.cat((outer.flatten(), right.flatten())).tolist()) <= {-1, 1}
+    assert torch.equal(right, right.t())
+    whole = torch.kron(outer.double(), right.double()) / width**0.5
+    torch.testing.assert_close(whole, ops.rotation(width).matrix(), rtol=0, atol=1e-12)
+
+
+def test_sign_factors_when_there_are_none_expect_error() -> None:
+    for width, inner in ((3, 1), (64, 128), (704, 3)):
+        with pytest.raises(KernelError, match=f"of order {inner}"):
+            hadamard.sign_factors(width, inner)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 14, 40, 52, 172, 256, 704])

@@ -164,4 +164,4 @@ def test_linear_when_run_on_fake_tensors_expect_real_shape_and_dtype(packed: boo
         fake = op(*(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in values.values()))
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
     assert fake.stride() == real.stride()
-    torch.library.opcheck(op, tuple(values.values()))
+    torch.library.opcheck(op.overload, tuple(values.values()))

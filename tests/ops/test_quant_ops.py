@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mergequant import ops
 from mergequant.errors import KernelError
+from mergequant.grids import pack_codes
 
 EPS = 1e-5
 SHAPES = [(1, 8), (3, 33), (17, 40), (129, 21), (2, 5, 12), (0, 16)]
@@ -140,6 +141,34 @@ def test_dynamic_quant_when_token_is_zero_expect_zero_codes_and_positive_scale()
     assert bool(torch.isfinite(scale).all())
 
 
+@pytest.mark.parametrize("op", [static, rms, layer])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("extras", [False, True])
+def test_quant_when_packed_expect_bytes_of_the_packing_module(op: Op, bits: int, extras: bool) -> None:
+    x, multiplier, index, shift = draw((17, 40 if not extras else 41), bits, extras)
+    name = {static: "static_quant", rms: "rmsnorm_quant", layer: "layernorm_quant"}[op]
+    eps = () if op is static else (EPS,)
+    packed = getattr(ops, name)(x, multiplier, index, shift, *eps, bits, packed=True)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(packed, pack_codes(op(x, multiplier, index, shift, bits), 4))
+
+
+def test_dynamic_quant_when_packed_expect_bytes_of_the_packing_module() -> None:
+    x = draw((17, 40), 4, False)[0]
+    packed, scale = ops.dynamic_quant(x, 0.9, 4, packed=True)
+    codes, expected = ops.dynamic_quant(x, 0.9, 4)
+    assert torch.equal(packed, pack_codes(codes, 4))
+    assert torch.equal(scale, expected)
+
+
+def test_quant_when_codes_cannot_be_packed_expect_error() -> None:
+    for width, bits, words in ((7, 4, "even width"), (8, 5, "do not fit")):
+        with pytest.raises(KernelError, match=words):
+            ops.static_quant(torch.ones(2, width), torch.ones(1), None, None, bits, packed=True)
+        with pytest.raises(KernelError, match=words):
+            ops.dynamic_quant(torch.ones(2, width), 1.0, bits, packed=True)
+
+
 WRONG: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("x", "x", lambda x: x.int()),
     ("x", "x", lambda x: torch.tensor(1.0)),
@@ -199,6 +228,8 @@ def test_quant_when_run_on_fake_tensors_expect_real_shapes_and_dtypes(extras: bo
         (ops.rmsnorm_quant, (x, multiplier, index, shift, EPS, 4)),
         (ops.layernorm_quant, (x, multiplier, index, shift, EPS, 4)),
         (ops.dynamic_quant, (x, 0.9, 4)),
+        (ops.static_quant, (x, torch.ones(1), None, None, 4, True)),
+        (ops.dynamic_quant, (x, 0.9, 4, True)),
         (ops.hadamard_transform, (x,)),
     ]
     for op, values in cases:

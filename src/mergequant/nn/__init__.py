@@ -1,14 +1,17 @@
 """Modules of a quantized model. Inference only: imports nothing from the floors of calibration."""
 
 from mergequant.nn.base import QuantModule
+from mergequant.nn.kv_scales import KVScales
 from mergequant.nn.linear import InputQuantizer, QuantLinear
 from mergequant.nn.norm import QuantNorm
 from mergequant.nn.prefix import PrefixStore
-from mergequant.nn.spec import InputSpec, LinearSpec, NormSpec, PrefixSpec, Spec, spec_from_dict
+from mergequant.nn.spec import InputSpec, KVSpec, LinearSpec, NormSpec, PrefixSpec, Spec, spec_from_dict
 
 __all__ = [
     "InputQuantizer",
     "InputSpec",
+    "KVScales",
+    "KVSpec",
     "LinearSpec",
     "NormSpec",
     "PrefixSpec",

@@ -1,18 +1,27 @@
 """QuantLinear and InputQuantizer: integer codes in, one integer GEMM, one multiply per output row."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mergequant import ops
-from mergequant.errors import CheckpointError
-from mergequant.grids import container_bits, packed_width, unpack_codes
+from mergequant.errors import CheckpointError, KernelError
+from mergequant.grids import container_bits, pack_codes, packed_width, unpack_codes
 from mergequant.grids.quantizer import decode
 from mergequant.nn.base import QuantModule
 from mergequant.nn.spec import InputSpec, LinearSpec
+from mergequant.nn.tiled_rows import TiledRows
+from mergequant.ops.tiled_linear import LARGEST_WIDTH
 
 __all__ = ["InputQuantizer", "QuantLinear"]
+
+Made = TypeVar("Made")
+
+CODES = "weight_codes"
+TILED_DTYPES = (torch.bfloat16, torch.float16)  # outputs that the kernels on tiles write
+SHARED = "the weights of this layer lie in tiles that other layers share; load the model anew, without `serve`"
 
 
 class InputQuantizer(QuantModule):
@@ -39,12 +48,13 @@ class InputQuantizer(QuantModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float (..., in_width) to int8 codes (..., width) and, for dynamic inputs, float32 token scales (..., 1)."""
-        if self.spec.rotation:
-            x = ops.hadamard_transform(x)
+        rotated, bits = bool(self.spec.rotation), self.spec.bits
         if self.multiplier is None:
-            codes, scale = ops.dynamic_quant(x, self.spec.clip_ratio, self.spec.bits)
+            dynamic = ops.hadamard_dynamic_quant if rotated else ops.dynamic_quant
+            codes, scale = dynamic(x, self.spec.clip_ratio, bits)
             return codes, scale
-        return ops.static_quant(x, self.multiplier, self.index, self.shift, self.spec.bits), None
+        static = ops.hadamard_quant if rotated else ops.static_quant
+        return static(x, self.multiplier, self.index, self.shift, bits), None
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -56,29 +66,33 @@ class QuantLinear(QuantModule):
     """A linear layer on integer codes.
 
     Buffers:
-        weight_codes: uint8 (outputs, width / 2) for up to 4 bits, else int8 (outputs, width).
+        weight_codes: uint8 (outputs, width / 2) for up to 4 bits, else int8 (outputs, width). After `adopt` it is no
+            buffer but a copy made on demand: to be read, writing into it changes nothing.
         weight_scale: float32 (outputs,), or (outputs, groups) with groups. A static input step is already inside.
         bias: float32 (outputs,), optional.
+
+    A CPU multiplies prepared weights (`ops.prepare_weight`), a GPU tiled ones (`ops.tile_weight`) if the output has 16
+    bits. Both are made at first use and kept beside the codes. `adopt` gives the codes up for somebody else's tiles.
     """
 
-    weight_codes: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
+        self._adopted: TiledRows | None = None
+        self._derived: tuple[Tensor, int, Any] | None = None
         _check_rotation(spec.input)
         width = packed_width(spec.input.width, spec.weight_bits)
         dtype = torch.uint8 if container_bits(spec.weight_bits) == 4 else torch.int8
         groups = (spec.input.width // spec.group_size,) if spec.group_size else ()
-        self.register_buffer("weight_codes", torch.zeros(spec.outputs, width, dtype=dtype))
+        self.register_buffer(CODES, torch.zeros(spec.outputs, width, dtype=dtype))
         self.register_buffer("weight_scale", torch.ones((spec.outputs, *groups), dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(spec.outputs, dtype=torch.float32) if spec.bias else None)
         self.input_quantizer: InputQuantizer | None = None
         if spec.input.kind in ("static", "dynamic"):
             self.input_quantizer = InputQuantizer(spec.input)
-        self._widened: tuple[Tensor, int, Tensor] | None = None
 
     @property
     def in_features(self) -> int:
@@ -90,21 +104,64 @@ class QuantLinear(QuantModule):
         """Rows of the weight."""
         return self.spec.outputs
 
+    @property
+    def weight_codes(self) -> Tensor:
+        """The codes as a checkpoint stores them: the buffer, or a copy out of the adopted tiles."""
+        buffer = self._buffers.get(CODES)
+        if buffer is not None:
+            return buffer
+        if self._adopted is None:
+            raise AttributeError(CODES)  # what nn.Module expects of a buffer that is about to be registered
+        return pack_codes(self._adopted.codes(), self.spec.weight_bits)
+
+    @weight_codes.setter
+    def weight_codes(self, value: Tensor) -> None:  # buffers are set by nn.Module and do not come here
+        raise KernelError(f"weight_codes cannot be set: {SHARED}")
+
     def forward(self, x: Tensor) -> Tensor:
         """Codes (from a QuantNorm) or float hidden states (..., in_width) to (..., outputs) in the model's dtype."""
         if self.spec.input.kind == "float":
             return self._weight_only(x)
         codes, token_scale = (x, None) if self.input_quantizer is None else self.input_quantizer(x)
         out_dtype = self.out_dtype if self.input_quantizer is None else x.dtype
-        if self.weight_codes.dtype == torch.int8 or codes.device.type == "cpu":
-            weight = self._int8_weight()
-            return ops.int8_linear(codes, weight, self.weight_scale, token_scale, self.bias, out_dtype)
-        return ops.int4_linear(codes, self.weight_codes, self.weight_scale, token_scale, self.bias, out_dtype)
+        eager = not torch.compiler.is_compiling() and type(codes) is Tensor  # no tracer at work
+        if codes.is_cpu and eager:
+            prepared = self._made(ops.prepare_weight)
+            return ops.prepared_linear(codes, prepared, self.weight_scale, token_scale, self.bias, out_dtype)
+        kernels = codes.is_cuda and eager and out_dtype in TILED_DTYPES and codes.shape[-1] <= LARGEST_WIDTH
+        if kernels or self._shared is not None:
+            return self._tiled(codes, token_scale, out_dtype)
+        packed = self.weight_codes
+        op = ops.int8_linear if packed.dtype == torch.int8 else ops.int4_linear
+        return op(codes, packed, self.weight_scale, token_scale, self.bias, out_dtype)
+
+    def adopt(self, tiles: Tensor, rows: Tensor | slice) -> None:
+        """Read the weights out of tiles that somebody else owns, from now on, and give the codes up.
+
+        The tiles must not change any more. `state_dict` goes on to hold the codes; moving the layer to another device
+        makes it independent again.
+
+        Args:
+            tiles: uint8, of `ops.tile_weight` with 4 or 8 bits as the codes are stored, on the layer's device.
+            rows: places of this layer's rows among those of the tiles, integers (outputs,) or a slice.
+
+        Raises:
+            KernelError: a layer without integer inputs, or tiles that do not hold its codes there.
+        """
+        spec = self.spec
+        if spec.input.kind == "float":
+            raise KernelError("adopt: a weight-only layer multiplies floats; tiles are for integer inputs")
+        if tiles.device != self.weight_scale.device:
+            raise KernelError(f"adopt: tiles are on {tiles.device}, the layer on {self.weight_scale.device}")
+        shared = TiledRows.of(tiles, rows, spec.outputs, spec.input.width, container_bits(spec.weight_bits))
+        if not torch.equal(shared.codes(), self._codes()):
+            raise KernelError("adopt: the tiles hold other codes at these rows; tile the codes of this very layer")
+        self._buffers.pop(CODES, None)
+        self._adopted, self._derived = shared, None
 
     def decoded_weight(self) -> Tensor:
         """Weight (outputs, width) in float32, as the integer GEMM sees it: codes times scales."""
-        codes = unpack_codes(self.weight_codes, self.spec.weight_bits).float()
-        return decode(codes, self.weight_scale.reshape(self.spec.outputs, -1))
+        return decode(self._codes().float(), self.weight_scale.reshape(self.spec.outputs, -1))
 
     def scale_rows(self, factor: Tensor, start: int, stop: int) -> None:
         """Multiply the outputs start..stop by a factor each: exact, since only the epilogue changes."""
@@ -120,23 +177,59 @@ class QuantLinear(QuantModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.decoded_weight().to(x.dtype), bias)
 
-    def _int8_weight(self) -> Tensor:
-        """int8 (outputs, width). Packed weights are widened once per buffer and version of it."""
-        packed = self.weight_codes
-        if packed.dtype == torch.int8:
-            return packed
-        if torch.compiler.is_compiling():
-            return unpack_codes(packed, self.spec.weight_bits)
-        version = 0 if packed.is_inference() else packed._version  # inference tensors count no versions
-        known = self._widened
+    def _tiled(self, codes: Tensor, token_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        if self._shared is not None:
+            return self._shared.linear(codes, self.weight_scale, token_scale, self.bias, out_dtype)
+        bits = container_bits(self.spec.weight_bits)
+        tiles = self._made(lambda weight: ops.tile_weight(weight, bits))
+        return ops.tiled_linear(codes, tiles, self.weight_scale, token_scale, self.bias, bits, out_dtype)
+
+    @property
+    def _shared(self) -> TiledRows | None:
+        """Where the weights are, if they are no buffer; a buffer that somebody has put back counts more."""
+        return self._adopted if self._buffers.get(CODES) is None else None
+
+    def _codes(self) -> Tensor:
+        """The weight, int8 (outputs, width)."""
+        shared = self._shared
+        return unpack_codes(self.weight_codes, self.spec.weight_bits) if shared is None else shared.codes()
+
+    def _made(self, make: Callable[[Tensor], Made]) -> Made:
+        """What `make` makes of the weight, int8 (outputs, width): kept, and made anew when the weight has changed.
+
+        There is one maker for a device, and a tensor does not move: it tells what was made, too.
+        """
+        shared = self._shared
+        source = self.weight_codes if shared is None else shared.tiles
+        version = 0 if source.is_inference() else source._version  # inference tensors count no versions
+        known = self._derived
         # A version alone is not enough: `load_state_dict(assign=True)` brings a buffer that counts from 0 again.
-        if known is None or known[0] is not packed or known[1] != version:
-            known = self._widened = (packed, version, unpack_codes(packed, self.spec.weight_bits))
-        return known[2]
+        if known is None or known[0] is not source or known[1] != version:
+            known = self._derived = (source, version, make(self._codes()))
+        return cast(Made, known[2])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._widened = None
+        self._derived = None
+        shared = self._shared
+        if shared is not None and fn(shared.tiles[:0]).device != shared.tiles.device:
+            self._buffers[CODES], self._adopted = self.weight_codes, None
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shared is not None:
+            destination[prefix + CODES] = self.weight_codes
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self._shared is None:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        elif prefix + CODES in state_dict:
+            errors: list[str] = rest[-1]
+            errors.append(f"{prefix}{CODES} cannot be loaded: {SHARED}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what is made of the weight, which oneDNN's opaque tensors would refuse."""
+        return {**self.__dict__, "_derived": None}
 
     def extra_repr(self) -> str:
         spec = self.spec

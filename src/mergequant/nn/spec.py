@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 from mergequant.errors import CheckpointError
 from mergequant.grids.integer import SUPPORTED_BITS
 
-__all__ = ["InputSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_from_dict"]
+__all__ = ["InputSpec", "KVSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_from_dict"]
 
 InputKind = Literal["codes", "static", "dynamic", "float"]
 NormKind = Literal["rms", "layer"]
@@ -172,6 +172,25 @@ class PrefixSpec(Spec):
     def validate(self, where: str) -> None:
         if not self.tokens or min(self.layers, self.kv_heads, self.key_width, self.value_width, self.channels) < 1:
             raise CheckpointError(f"{where}: a prefix needs tokens, layers, heads and widths")
+
+
+@dataclass(frozen=True)
+class KVSpec(Spec):
+    """Static steps of a quantized key and value cache, for 8 and for 4 bits.
+
+    Attributes:
+        layers: number of blocks that hold keys and values.
+        kv_heads, key_width, value_width: shape of one token's entry in one layer.
+    """
+
+    layers: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+    def validate(self, where: str) -> None:
+        if min(self.layers, self.kv_heads, self.key_width, self.value_width) < 1:
+            raise CheckpointError(f"{where}: a quantized cache needs layers, heads and widths")
 
 
 def spec_from_dict(data: Any, where: str) -> LinearSpec | NormSpec:

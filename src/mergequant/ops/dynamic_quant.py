@@ -4,37 +4,48 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import IntegerGrid
-from mergequant.ops._validate import ACTIVATION_BITS, require, require_float
+from mergequant.ops._elementwise import codes_like, pack_pairs, use_triton
+from mergequant.ops._validate import require_dynamic_arguments, require_packable
 
-__all__ = ["dynamic_quant"]
+__all__ = ["SMALLEST_SCALE", "dynamic_quant", "quantize_tokens"]
 
 SMALLEST_SCALE = 1e-12  # a token of zeros keeps finite codes (all zero)
 
 
+def quantize_tokens(x: Tensor, clip_ratio: float, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
+    """Reference of all dynamic quantizers. Float32 in; codes and float32 scales (..., 1) out."""
+    grid = IntegerGrid(bits)
+    scale = (x.abs().amax(-1, keepdim=True) * (clip_ratio / grid.high)).clamp_min(SMALLEST_SCALE)
+    codes = grid.nearest(x / scale).to(torch.int8)
+    return pack_pairs(codes) if packed else codes, scale
+
+
 @torch.library.custom_op("mergequant::dynamic_quant", mutates_args=())
-def dynamic_quant(x: Tensor, clip_ratio: float, bits: int) -> tuple[Tensor, Tensor]:
+def dynamic_quant(x: Tensor, clip_ratio: float, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize every token with its own scale, clip_ratio * absmax / high.
 
     Args:
         x: (..., width) float.
         clip_ratio: fraction of the token's largest magnitude that the grid covers, in (0, 1].
         bits: width of the clamp, 2..8.
+        packed: two codes a byte, the even column in the low nibble; up to 4 bits.
 
     Returns:
-        int8 codes (..., width), and float32 scales (..., 1).
+        int8 codes (..., width) or uint8 (..., width / 2) if packed, and float32 scales (..., 1).
 
     Raises:
         KernelError: a dtype or value that is not as above.
     """
-    require_float("dynamic_quant", "x", x)
-    require(bits in ACTIVATION_BITS, f"dynamic_quant: bits is {bits}; allowed are {ACTIVATION_BITS}")
-    require(0 < clip_ratio <= 1, f"dynamic_quant: clip_ratio is {clip_ratio}; pass a value in (0, 1]")
-    grid = IntegerGrid(bits)
-    wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) * (clip_ratio / grid.high)).clamp_min(SMALLEST_SCALE)
-    return grid.nearest(wide / scale).to(torch.int8), scale
+    require_dynamic_arguments("dynamic_quant", x, clip_ratio, bits)
+    if packed:
+        require_packable("dynamic_quant", bits, x.shape[-1])
+    if use_triton("dynamic_quant", x):
+        from mergequant.ops.triton import dynamic_quant as kernels
+
+        return kernels.dynamic_quant(x, clip_ratio, bits, packed)
+    return quantize_tokens(x.float(), clip_ratio, bits, packed)
 
 
 @dynamic_quant.register_fake
-def _(x: Tensor, clip_ratio: float, bits: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+def _(x: Tensor, clip_ratio: float, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
+    return codes_like(x, x.shape[-1], packed), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

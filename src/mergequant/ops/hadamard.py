@@ -1,10 +1,12 @@
 """Orthonormal rotations of any width, built and never typed out: base (x) Sylvester.
 
-The base is a Hadamard matrix of Paley's first or second kind where one of the width's divisors allows it, else the
-orthonormal cosine matrix of the odd divisor, which is a rotation too but not of plus and minus ones. The name of the
-construction is stored with a checkpoint, so that a later release cannot silently rotate differently.
+The base is a Hadamard matrix of Paley's first or second kind where one of the width's divisors allows it, else one of
+Williamson's kind (order 172, for the 11008 channels of Llama-2-7B), else the orthonormal cosine matrix of the odd
+divisor, which is a rotation too but not of plus and minus ones. The name of the construction is stored with a
+checkpoint, so that a later release cannot silently rotate differently: one that gives a width another base refuses
+older checkpoints of that width.
 Sources: Sylvester 1867; Paley 1933 (quadratic residues modulo a prime q give order q+1 for q = 3 mod 4 and 2(q+1) for
-q = 1 mod 4).
+q = 1 mod 4); Williamson 1944 (four symmetric circulants A, B, C, D of order n with A^2 + B^2 + C^2 + D^2 = 4n I).
 """
 
 import math
@@ -22,6 +24,12 @@ __all__ = ["Rotation", "hadamard_transform", "rotation"]
 LARGEST_BASE = 512  # larger base matrices cost more than they bring
 LARGEST_FACTOR = 64  # Sylvester part applied as one small matrix product
 
+# First halves of the first rows of Williamson's circulants, entries 0..(n-1)/2; the other half mirrors them. For n = 43
+# they are constant on the cosets of {1, 6, 7, -1, -6, -7}, which leaves 2^7 rows to try for each of the four.
+WILLIAMSON = {
+    43: ("+++++-++----+-++--++-+", "+++---++--+-+-+-++----", "++-+-++++-+--+--+++--+", "+-++-----++++-+-+++-++"),
+}
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -31,11 +39,20 @@ class Rotation:
         name: construction, for example "paley1-44 x sylvester-32".
         left: float64 orthonormal (a, a).
         right: float64 orthonormal (b, b).
+        base: float64 orthonormal (c, c): R = base (x) Sylvester of order `power`, however it is cut into two factors.
+        power: a * b / c, a power of two.
     """
 
     name: str
     left: Tensor
     right: Tensor
+    base: Tensor
+    power: int
+
+    @property
+    def is_hadamard(self) -> bool:
+        """Whether all entries are plus or minus 1 / sqrt(width)."""
+        return not self.name.startswith("cosine")
 
     def matrix(self) -> Tensor:
         """The whole rotation, float64 (a * b, a * b)."""
@@ -56,7 +73,30 @@ def rotation(width: int) -> Rotation:
         power = width // base.shape[0]
         inner = min(power, LARGEST_FACTOR)
         left = torch.kron(base, _sylvester(power // inner))
-        return Rotation(f"{name} x sylvester-{power}", left, _sylvester(inner))
+        return Rotation(f"{name} x sylvester-{power}", left, _sylvester(inner), base, power)
+
+
+def sign_factors(width: int, inner: int) -> tuple[Tensor, Tensor]:
+    """A Hadamard rotation as integers: x R = outer^T X inner / sqrt(width), with X = x reshaped to (-1, inner).
+
+    Args:
+        width: one whose rotation `is_hadamard`.
+        inner: order of the Sylvester matrix on the right; a power of two that divides the rotation's `power`.
+
+    Returns:
+        int8 matrices of plus and minus ones: outer (width / inner, width / inner), inner (inner, inner), symmetric.
+
+    Raises:
+        KernelError: no such factors.
+    """
+    built = rotation(width)
+    if not built.is_hadamard or built.power % inner:
+        raise KernelError(f"the rotation {built.name} of width {width} has no factor of signs of order {inner}")
+    with torch.device("cpu"):
+        base = built.base * math.sqrt(built.base.shape[0])
+        rest = built.power // inner
+        outer = torch.kron(base, _sylvester(rest) * math.sqrt(rest))
+        return outer.round().to(torch.int8), (_sylvester(inner) * math.sqrt(inner)).round().to(torch.int8)
 
 
 @torch.library.custom_op("mergequant::hadamard_transform", mutates_args=())
@@ -96,6 +136,8 @@ def _base(width: int) -> tuple[str, Tensor]:
             return f"paley1-{order}", _paley_first(order - 1) / math.sqrt(order)
         if order % 4 == 0 and _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
             return f"paley2-{order}", _paley_second(order // 2 - 1) / math.sqrt(order)
+        if order == 4 * odd and odd in WILLIAMSON:
+            return f"williamson-{order}", _williamson(odd) / math.sqrt(order)
         order *= 2
     return f"cosine-{odd}", _cosine(odd)
 
@@ -131,6 +173,16 @@ def _paley_second(prime: int) -> Tensor:
     off = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
     return torch.kron(core, off) + torch.kron(torch.eye(prime + 1, dtype=torch.float64), diagonal)
+
+
+def _williamson(odd: int) -> Tensor:
+    index = torch.arange(odd)
+    apart = (index[:, None] - index[None, :]) % odd
+    nearer = torch.minimum(apart, odd - apart)
+    signs = [torch.tensor([1.0 if s == "+" else -1.0 for s in row], dtype=torch.float64) for row in WILLIAMSON[odd]]
+    a, b, c, d = (row[nearer] for row in signs)
+    blocks = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
+    return torch.cat([torch.cat(row, 1) for row in blocks])
 
 
 def _cosine(order: int) -> Tensor:

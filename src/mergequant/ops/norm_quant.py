@@ -7,55 +7,87 @@ round and a clamp. Mean and variance are always those of the original channels, 
 import torch
 from torch import Tensor
 
+from mergequant.ops._elementwise import codes_like, use_triton
 from mergequant.ops._validate import require_quant_arguments
 from mergequant.ops.static_quant import quantize_scaled
 
-__all__ = ["layernorm_quant", "rmsnorm_quant"]
+__all__ = ["layernorm_quant", "rmsnorm", "rmsnorm_quant"]
+
+
+def rmsnorm(x: Tensor, eps: float) -> Tensor:
+    """Reference of the norm without its gain: x / rms(x), float32."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 @torch.library.custom_op("mergequant::rmsnorm_quant", mutates_args=())
 def rmsnorm_quant(
-    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int
+    x: Tensor,
+    multiplier: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    bits: int,
+    packed: bool = False,
 ) -> Tensor:
     """codes = clamp(round((x / rms(x))[index] * multiplier + shift)).
 
     Args:
         x: (..., channels) float; the norm runs in float32.
-        multiplier: float32 (width,): gain / step of every code.
+        multiplier: float32 (width,) or (1,): gain / step of every code.
         index: optional int32 (width,): channel that each code reads.
         shift: optional float32 (width,): staggered offsets, in units of codes.
         eps: added to the mean square.
         bits: width of the clamp, 2..8.
+        packed: two codes a byte, the even column in the low nibble; up to 4 bits.
 
     Returns:
-        int8 codes (..., width).
+        int8 codes (..., width), or uint8 (..., width / 2) if packed.
 
     Raises:
         KernelError: a dtype, shape or device that is not as above.
     """
-    require_quant_arguments("rmsnorm_quant", x, multiplier, index, shift, bits)
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return quantize_scaled(normed, multiplier, index, shift, bits)
+    require_quant_arguments("rmsnorm_quant", x, multiplier, index, shift, bits, packed)
+    if use_triton("rmsnorm_quant", x):
+        from mergequant.ops.triton import norm_quant as kernels
+
+        return kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=False)
+    return quantize_scaled(rmsnorm(x, eps), multiplier, index, shift, bits, packed)
 
 
 @torch.library.custom_op("mergequant::layernorm_quant", mutates_args=())
 def layernorm_quant(
-    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int
+    x: Tensor,
+    multiplier: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    bits: int,
+    packed: bool = False,
 ) -> Tensor:
     """codes = clamp(round(((x - mean) / std)[index] * multiplier + shift)).
 
     Arguments, result and errors as `rmsnorm_quant`; the norm's bias over the step is part of `shift`.
     """
-    require_quant_arguments("layernorm_quant", x, multiplier, index, shift, bits)
+    require_quant_arguments("layernorm_quant", x, multiplier, index, shift, bits, packed)
+    if use_triton("layernorm_quant", x):
+        from mergequant.ops.triton import norm_quant as kernels
+
+        return kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=True)
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
-    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return quantize_scaled(normed, multiplier, index, shift, bits)
+    return quantize_scaled(rmsnorm(centred, eps), multiplier, index, shift, bits, packed)
 
 
 @rmsnorm_quant.register_fake
 @layernorm_quant.register_fake
-def _(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, eps: float, bits: int) -> Tensor:
-    width = x.shape[-1] if index is None else index.shape[0]
-    return x.new_empty((*x.shape[:-1], width), dtype=torch.int8)
+def _(
+    x: Tensor,
+    multiplier: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    bits: int,
+    packed: bool = False,
+) -> Tensor:
+    return codes_like(x, x.shape[-1] if index is None else index.shape[0], packed)

@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import IntegerGrid
+from mergequant.ops._elementwise import codes_like, pack_pairs, use_triton
 from mergequant.ops._validate import require_quant_arguments
 
 __all__ = ["quantize_scaled", "static_quant"]
 
 
-def quantize_scaled(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int) -> Tensor:
-    """Reference of all static quantizers: gather, multiply, shift, round, clamp. Float32 in, int8 out."""
+def quantize_scaled(
+    x: Tensor, multiplier: Tensor | None, index: Tensor | None, shift: Tensor | None, bits: int, packed: bool = False
+) -> Tensor:
+    """Reference of all static quantizers: gather, multiply, shift, round, clamp. Float32 in, codes out."""
     scaled = x if index is None else x.index_select(-1, index)
-    scaled = scaled * multiplier
+    if multiplier is not None:
+        scaled = scaled * multiplier
     if shift is not None:
         scaled = scaled + shift
-    return IntegerGrid(bits).nearest(scaled).to(torch.int8)
+    codes = IntegerGrid(bits).nearest(scaled).to(torch.int8)
+    return pack_pairs(codes) if packed else codes
 
 
 @torch.library.custom_op("mergequant::static_quant", mutates_args=())
-def static_quant(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int) -> Tensor:
+def static_quant(
+    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int, packed: bool = False
+) -> Tensor:
     """Quantize with static scales.
 
     Args:
@@ -33,18 +40,24 @@ def static_quant(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Ten
         index: optional int32 (width,): channel of `x` that each code reads (reconstructed width).
         shift: optional float32 (width,): added before rounding (staggered offsets, biases), in units of codes.
         bits: width of the clamp, 2..8.
+        packed: two codes a byte, the even column in the low nibble; up to 4 bits.
 
     Returns:
-        int8 codes (..., width).
+        int8 codes (..., width), or uint8 (..., width / 2) if packed.
 
     Raises:
         KernelError: a dtype, shape or device that is not as above.
     """
-    require_quant_arguments("static_quant", x, multiplier, index, shift, bits)
-    return quantize_scaled(x.float(), multiplier, index, shift, bits)
+    require_quant_arguments("static_quant", x, multiplier, index, shift, bits, packed)
+    if use_triton("static_quant", x):
+        from mergequant.ops.triton import static_quant as kernels
+
+        return kernels.static_quant(x, multiplier, index, shift, bits, packed)
+    return quantize_scaled(x.float(), multiplier, index, shift, bits, packed)
 
 
 @static_quant.register_fake
-def _(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int) -> Tensor:
-    width = x.shape[-1] if index is None else index.shape[0]
-    return x.new_empty((*x.shape[:-1], width), dtype=torch.int8)
+def _(
+    x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int, packed: bool = False
+) -> Tensor:
+    return codes_like(x, x.shape[-1] if index is None else index.shape[0], packed)

@@ -1,0 +1,98 @@
+"""`add_rmsnorm_quant` and `add_rmsnorm`: the residual stream takes a block's output, then the next norm.
+
+residual <- residual + x, rounded to the residual's dtype; the norm reads the rounded sum. So each op equals the
+addition followed by the norm bit for bit, and the fused kernel saves a trip of the residual through memory.
+"""
+
+import torch
+from torch import Tensor
+
+from mergequant.ops._elementwise import codes_like, use_triton
+from mergequant.ops._validate import require, require_float, require_quant_arguments, require_residual
+from mergequant.ops.norm_quant import rmsnorm
+from mergequant.ops.static_quant import quantize_scaled
+
+__all__ = ["add_rmsnorm", "add_rmsnorm_quant"]
+
+
+@torch.library.custom_op("mergequant::add_rmsnorm_quant", mutates_args=("residual",))
+def add_rmsnorm_quant(
+    x: Tensor,
+    residual: Tensor,
+    multiplier: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    bits: int,
+) -> Tensor:
+    """residual <- residual + x, and the codes of `rmsnorm_quant` of the new residual.
+
+    Args:
+        x: (..., channels) float.
+        residual: (..., channels) float, contiguous; updated in place.
+        multiplier, index, shift, eps, bits: as `rmsnorm_quant`.
+
+    Returns:
+        int8 codes (..., width).
+
+    Raises:
+        KernelError: a dtype, shape, stride or device that is not as above.
+    """
+    require_residual("add_rmsnorm_quant", x, residual)
+    require_quant_arguments("add_rmsnorm_quant", residual, multiplier, index, shift, bits)
+    if use_triton("add_rmsnorm_quant", residual, x):
+        from mergequant.ops.triton import norm_quant as kernels
+
+        return kernels.add_rmsnorm_quant(x, residual, multiplier, index, shift, eps, bits)
+    residual.add_(x)
+    return quantize_scaled(rmsnorm(residual, eps), multiplier, index, shift, bits)
+
+
+@add_rmsnorm_quant.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    multiplier: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    bits: int,
+) -> Tensor:
+    return codes_like(residual, residual.shape[-1] if index is None else index.shape[0])
+
+
+@torch.library.custom_op("mergequant::add_rmsnorm", mutates_args=("residual",))
+def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual <- residual + x, and residual / rms(residual) * weight, in float32 and rounded once at the end.
+
+    Args:
+        x: (..., channels) float, or None: nothing is added, the residual stays as it is.
+        residual: (..., channels) float, contiguous; updated in place.
+        weight: (channels,) float, the norm's gain.
+        eps: added to the mean square.
+
+    Returns:
+        (..., channels) of the residual's dtype.
+
+    Raises:
+        KernelError: a dtype, shape, stride or device that is not as above.
+    """
+    require_residual("add_rmsnorm", x, residual)
+    require_float("add_rmsnorm", "weight", weight)
+    channels = residual.shape[-1]
+    require(weight.shape == (channels,), f"add_rmsnorm: weight has shape {tuple(weight.shape)}; pass ({channels},)")
+    require(
+        weight.device == residual.device, f"add_rmsnorm: weight is on {weight.device}, residual on {residual.device}"
+    )
+    if use_triton("add_rmsnorm", residual, x, weight):
+        from mergequant.ops.triton import norm_quant as kernels
+
+        return kernels.add_rmsnorm(x, residual, weight, eps)
+    if x is not None:
+        residual.add_(x)
+    return (rmsnorm(residual, eps) * weight.float()).to(residual.dtype)
+
+
+@add_rmsnorm.register_fake
+def _(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(residual)

@@ -1,0 +1,233 @@
+// New tokens into the cache: rotary embedding (and per-head RMSNorm) of queries and keys, quantization of keys and values.
+//
+//     y = x * rsqrt(mean(x^2) + eps) * norm[d]                     (queries and keys, where the model has such a norm)
+//     r[d] = y[d] cos[d] - y[d + D/2] sin[d],  r[d + D/2] = y[d + D/2] cos[d] + y[d] sin[d]       (queries and keys)
+//     code = clamp(round(r * (1 / key_scale)))                     (values: their own x and scale)
+//
+// All in float32, every product and sum rounded by itself (no fused multiply-add), so that codes equal those of the torch
+// reference. Token s of a row goes to slot lengths[row] + s, which is also its position.
+//
+// A block owns one key head of one row and the tokens that fall into one aligned group of 32 slots: the group in which
+// 4-bit values of different tokens share bytes (../kv_layout.py). So each byte has one writer. Codes go to shared memory
+// first, then words of the cache are put together from there; words that also hold older tokens are fetched at the start
+// and keep those tokens' bits.
+#include "mma.cuh"
+
+constexpr int HEAD = MQ_HEAD;         // channels of a head: 64 or 128
+constexpr int BITS = MQ_BITS;         // 4 or 8: quantized caches; 16: caches of floats like qkv, (.., capacity, HEAD)
+constexpr int GROUP = MQ_GROUP;       // query heads of a key head
+constexpr bool FLOAT16 = MQ_FLOAT16;  // qkv, q, k are float16, else bfloat16
+
+constexpr int THREADS = 128;
+constexpr int SLOTS = 32;                          // of a block
+constexpr int HALF = HEAD / 2;
+constexpr int VECTORS = GROUP + 2;                 // of a token: query heads, then the key, then the value
+constexpr int VECTOR_LANES = HALF / 4;             // a lane takes channels c .. c + 3 and c + HALF .. c + HALF + 3
+constexpr int VECTORS_AT_ONCE = THREADS / VECTOR_LANES;
+constexpr int CODE_ROW = HEAD + 4;                 // bytes; off a multiple of 128, so that tokens lie in different banks
+constexpr int LIMIT = BITS == 4 ? 7 : 127;
+constexpr int OPERAND_WORDS = BITS == 8 ? 2 : 1;
+constexpr int STEPS = HEAD / 32;
+constexpr int GROUP_WORDS = BITS == 16 ? THREADS : HEAD * BITS;  // 32-bit words of the keys, and of the values, of a block
+constexpr int WORDS = GROUP_WORDS / THREADS;                     // of a thread; THREADS words are one 16-byte load of a warp
+
+MQ_DEVICE float low_half(u32 word) { return FLOAT16 ? f16_low(word) : bf16_low(word); }
+MQ_DEVICE float high_half(u32 word) { return FLOAT16 ? f16_high(word) : bf16_high(word); }
+MQ_DEVICE u32 pack(float low, float high) { return FLOAT16 ? pack_f16(low, high) : pack_bf16(low, high); }
+
+MQ_DEVICE void unpack4(const u16* from, float (&x)[4]) {
+    const uint2 word = *reinterpret_cast<const uint2*>(from);
+    x[0] = low_half(word.x);
+    x[1] = high_half(word.x);
+    x[2] = low_half(word.y);
+    x[3] = high_half(word.y);
+}
+
+MQ_DEVICE void store4(u16* to, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+}
+
+MQ_DEVICE void read4(const float* from, float (&x)[4]) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    x[0] = four.x;
+    x[1] = four.y;
+    x[2] = four.z;
+    x[3] = four.w;
+}
+
+// Codes of four channels, a byte each.
+MQ_DEVICE u32 quantize4(const float (&x)[4], const float* scale) {
+    float step[4];
+    read4(scale, step);
+    u32 codes = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const i32 code = round_even(__fmul_rn(x[j], __frcp_rn(step[j])));
+        codes |= (u32)(max(-LIMIT, min(LIMIT, code)) & 0xFF) << (8 * j);
+    }
+    return codes;
+}
+
+// Bits of a value word that new tokens own. Bit s of `fresh` says that slot s of the group is new.
+MQ_DEVICE u32 fresh_bits(u32 fresh, int t, int half) {
+    u32 bits = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int token = 8 * (j / 2) + 2 * t + j % 2;
+        if (BITS == 4) {
+            if (fresh >> token & 1) bits |= 0x0Fu << (8 * j);
+            if (fresh >> (token + 16) & 1) bits |= 0xF0u << (8 * j);
+        } else {
+            if (fresh >> (token + 16 * half) & 1) bits |= 0xFFu << (8 * j);
+        }
+    }
+    return bits;
+}
+
+// Grid (key heads, groups of 32 slots that the tokens may touch, batch).
+//   qkv (batch, tokens, (queries + 2 * key heads) * HEAD); cosines and sines (>= capacity, HALF); lengths (batch);
+//   scales (key heads, HEAD); norms (HEAD) or null; q (batch, tokens, queries, HEAD), k (batch, tokens, key heads, HEAD).
+// A token beyond the capacity leaves the caches alone and gives NaN.
+extern "C" __global__ void __launch_bounds__(THREADS)
+kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const float* __restrict__ sines,
+          const i32* __restrict__ lengths, u8* __restrict__ keys, u8* __restrict__ values,
+          const float* __restrict__ key_scale, const float* __restrict__ value_scale,
+          const float* __restrict__ query_norm, const float* __restrict__ key_norm, u16* __restrict__ q,
+          u16* __restrict__ k, float eps, int tokens, int capacity) {
+    __shared__ alignas(16) i8 key_codes[SLOTS][CODE_ROW], value_codes[SLOTS][CODE_ROW];
+    // The wait comes first and the launch second: the attention kernel behind this one reads older slots of the cache
+    // ahead of its own wait, and relies on everything ahead of *this* kernel having completed (see kv_attention.cu).
+    // Only a decode step may start it early: more than one new token is more than the newest slot.
+    overlap_wait();
+    if (tokens == 1) overlap_launch();
+
+    const int key_heads = gridDim.x, key_head = blockIdx.x, row = blockIdx.z;
+    const int start = max(0, lengths[row]);
+    const int group_start = (start / SLOTS + blockIdx.y) * SLOTS;
+    const int first = max(start, group_start), end = min(start + tokens, group_start + SLOTS);
+    if (first >= end) return;
+    const int stored_end = min(end, capacity);
+    const u64 head_start = ((u64)row * key_heads + key_head) * capacity;
+
+    // Cache words of this thread: word `place % 4` of lane `place / 4` of units 0 .. WORDS - 1.
+    const int place = threadIdx.x, lane = place / 4, g = lane / 4, t = lane % 4;
+    u32 old[WORDS], own_bits = 0;
+    u32* key_words = nullptr;
+    u32* value_words = nullptr;
+    if (BITS != 16 && first < stored_end) {
+        const u64 group_bytes = (head_start + group_start) * (HEAD * BITS / 8);
+        key_words = reinterpret_cast<u32*>(keys + group_bytes) + place;
+        value_words = reinterpret_cast<u32*>(values + group_bytes) + place;
+        const u32 below_end = stored_end - group_start == SLOTS ? ~0u : (1u << (stored_end - group_start)) - 1;
+        own_bits = fresh_bits(below_end & (~0u << (first - group_start)), t, place % OPERAND_WORDS);
+        if (own_bits != 0 && own_bits != ~0u) {
+#pragma unroll
+            for (int unit = 0; unit < WORDS; unit++) old[unit] = value_words[unit * THREADS];
+        }
+    }
+
+    const int part = threadIdx.x % VECTOR_LANES, channel = part * 4;
+    const int items = (end - first) * VECTORS;
+    for (int base = 0; base < items; base += VECTORS_AT_ONCE) {  // all lanes go round together: they exchange sums
+        const int item = base + threadIdx.x / VECTOR_LANES;
+        const bool active = item < items;
+        const int slot = first + (active ? item / VECTORS : 0), vector = active ? item % VECTORS : 0;
+        const u64 token = (u64)row * tokens + (slot - start);
+        const int head = vector < GROUP    ? key_head * GROUP + vector
+                         : vector == GROUP ? key_heads * GROUP + key_head
+                                           : key_heads * (GROUP + 1) + key_head;
+        const u16* source = qkv + (token * (key_heads * VECTORS) + head) * HEAD + channel;
+        float low[4], high[4];
+        unpack4(source, low);
+        unpack4(source + HALF, high);
+        if (query_norm || key_norm) {
+            float squares = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                squares = __fadd_rn(squares, __fadd_rn(__fmul_rn(low[j], low[j]), __fmul_rn(high[j], high[j])));
+#pragma unroll
+            for (int step = 1; step < VECTOR_LANES; step *= 2)
+                squares = __fadd_rn(squares, __shfl_xor_sync(~0u, squares, step));
+            const float* norm = vector < GROUP ? query_norm : vector == GROUP ? key_norm : nullptr;
+            if (norm) {
+                const float factor = rsqrtf(__fadd_rn(__fmul_rn(squares, 1.f / HEAD), eps));
+                float gain_low[4], gain_high[4];
+                read4(norm + channel, gain_low);
+                read4(norm + channel + HALF, gain_high);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    low[j] = __fmul_rn(__fmul_rn(low[j], factor), gain_low[j]);
+                    high[j] = __fmul_rn(__fmul_rn(high[j], factor), gain_high[j]);
+                }
+            }
+        }
+        if (vector <= GROUP) {
+            float c[4], s[4];
+            const int position = min(slot, capacity - 1);
+            read4(cosines + (u64)position * HALF + channel, c);
+            read4(sines + (u64)position * HALF + channel, s);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (slot >= capacity) c[j] = __uint_as_float(0x7FC00000u);  // NaN
+                const float a = low[j], b = high[j];
+                low[j] = __fsub_rn(__fmul_rn(a, c[j]), __fmul_rn(b, s[j]));
+                high[j] = __fadd_rn(__fmul_rn(b, c[j]), __fmul_rn(a, s[j]));
+            }
+        }
+        if (!active) continue;
+        if (vector <= GROUP) {
+            u16* target = vector < GROUP ? q + (token * (key_heads * GROUP) + head) * HEAD
+                                         : k + (token * key_heads + key_head) * HEAD;
+            store4(target + channel, low);
+            store4(target + channel + HALF, high);
+        }
+        if (vector >= GROUP && slot < stored_end) {
+            const bool is_key = vector == GROUP;
+            if (BITS == 16) {
+                u16* target = reinterpret_cast<u16*>(is_key ? keys : values) + (head_start + slot) * HEAD;
+                store4(target + channel, low);
+                store4(target + channel + HALF, high);
+            } else {
+                const float* scale = (is_key ? key_scale : value_scale) + key_head * HEAD;
+                i8* target = is_key ? key_codes[slot - group_start] : value_codes[slot - group_start];
+                *reinterpret_cast<u32*>(target + channel) = quantize4(low, scale + channel);
+                *reinterpret_cast<u32*>(target + channel + HALF) = quantize4(high, scale + channel + HALF);
+            }
+        }
+    }
+    if (BITS == 16) return;
+    __syncthreads();
+    if (first >= stored_end) return;
+
+    // Keys: all bits of a word belong to one token.
+#pragma unroll
+    for (int unit = 0; unit < WORDS; unit++) {
+        const int n = unit * 4 + place % 4;
+        const int token = n / (STEPS * OPERAND_WORDS) * 8 + g;
+        if (token < first - group_start || token >= stored_end - group_start) continue;
+        const int step = n % (STEPS * OPERAND_WORDS) / OPERAND_WORDS, half = n % OPERAND_WORDS;
+        const i8* codes = key_codes[token] + step * 32 + half * 16 + t * 4;
+        u32 word = *reinterpret_cast<const u32*>(codes);
+        if (BITS == 4)
+            word = (word & 0x0F0F0F0Fu) | (*reinterpret_cast<const u32*>(codes + 16) & 0x0F0F0F0Fu) << 4;
+        key_words[unit * THREADS] = word;
+    }
+
+    // Values: a word holds one channel of four tokens (8 bits) or eight (4 bits), older ones among them.
+    if (own_bits == 0) return;
+#pragma unroll
+    for (int unit = 0; unit < WORDS; unit++) {
+        const int n = unit * 4 + place % 4, half = n % OPERAND_WORDS;
+        const int own_channel = n / OPERAND_WORDS * 8 + g;
+        u32 word = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int token = half * 16 + 8 * (j / 2) + 2 * t + j % 2;
+            u32 byte = (u8)value_codes[token][own_channel];
+            if (BITS == 4) byte = (byte & 0x0F) | ((u32)(u8)value_codes[token + 16][own_channel] & 0x0F) << 4;
+            word |= byte << (8 * j);
+        }
+        if (own_bits != ~0u) word = (word & own_bits) | (old[unit] & ~own_bits);
+        value_words[unit * THREADS] = word;
+    }
+}
