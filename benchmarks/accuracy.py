@@ -1,12 +1,14 @@
 """Accuracy of the recipes and of each ingredient, on a trained model, with several calibration seeds.
 
     python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
-        [--suite main|ablations|all] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4]
+        [--suite main|ablations|all|kv] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4]
         --out RESULTS.json
 
 Every run quantizes with 128 windows of 512 tokens, writes and verifies a checkpoint, loads it from disk and scores it
 on the first windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative
 log-likelihood over the float model in nats. RESULTS.json gains a row per run; runs that are there already are skipped.
+The suite `kv` scores each checkpoint with keys and values of 16, 8 and 4 bits: every token attends to what comes out of
+the quantized cache, as while text is generated. Its rows go into a file of their own.
 `benchmarks/render.py` makes the tables of docs/results.md from such files.
 """
 
@@ -18,16 +20,19 @@ import platform
 import subprocess
 import tempfile
 import time
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mergequant
 from mergequant.data import head_windows
 from mergequant.eval.perplexity import score
+from mergequant.integrations.transformers import QuantizedCache
 
 PLUS = "mergequant-plus"
 MAIN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,12 +66,14 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a8: no prefix": ("mergequant-w4a8", {"prefix": "none", "allow_no_prefix": True}),
     "w4a8: o/d by QSM, no Hadamard": ("mergequant-w4a8", {"other": "static"}),
 }
-SUITES = {"main": MAIN, "ablations": ABLATIONS, "all": {**MAIN, **ABLATIONS}}
+KV: dict[str, tuple[str, dict[str, Any]]] = {"mergequant-w4a8": MAIN["mergequant-w4a8"], PLUS: MAIN[PLUS]}
+SUITES = {"main": MAIN, "ablations": ABLATIONS, "all": {**MAIN, **ABLATIONS}, "kv": KV}
+KV_BITS = {"kv": (16, 8, 4)}  # of other suites: 16 only
 SAMPLES, SEQLEN = 128, 512
 
 
-def run_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Quantize, reload, score. Returns one row of the results."""
+def run_one(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Quantize, reload, score. Returns a row of the results for each width of keys and values."""
     torch.set_num_threads(job["threads"])
     torch.set_grad_enabled(False)
     started = time.perf_counter()
@@ -89,20 +96,28 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         quantized = mergequant.load(done.folder, dtype=torch.float32, device=job["device"])
     floating = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.float32).to(job["device"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["path"])
-    row["eval"] = {}
-    for text in job["eval"]:
-        windows = head_windows(text, tokenizer, samples=job["windows"], seqlen=SEQLEN)
-        scores = score(quantized, windows, against=floating)
-        if scores.against is None or scores.divergence is None:
-            raise RuntimeError("the float model was not scored")
-        row["eval"][Path(text).stem] = {
-            "d": scores.divergence.nll_increase,
-            "perplexity": scores.model.perplexity,
-            "float_perplexity": scores.against.perplexity,
-            "kl_mean": scores.divergence.kl_mean,
-            "top1_agreement": scores.divergence.top1_agreement,
-        }
-    return row
+    rows = []
+    for bits in job["kv_bits"]:
+        row = {**row, "kv_bits": bits, "eval": {}}
+        for text in job["eval"]:
+            windows = head_windows(text, tokenizer, samples=job["windows"], seqlen=SEQLEN)
+            scores = score(quantized, windows, against=floating, new_cache=None if bits == 16 else partial(cache, bits))
+            if scores.against is None or scores.divergence is None:
+                raise RuntimeError("the float model was not scored")
+            row["eval"][Path(text).stem] = {
+                "d": scores.divergence.nll_increase,
+                "perplexity": scores.model.perplexity,
+                "float_perplexity": scores.against.perplexity,
+                "kl_mean": scores.divergence.kl_mean,
+                "top1_agreement": scores.divergence.top1_agreement,
+            }
+        rows.append(row)
+    return rows
+
+
+def cache(bits: int, model: PreTrainedModel) -> QuantizedCache:
+    """A quantized cache for a model."""
+    return QuantizedCache.for_model(model, bits)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -141,7 +156,7 @@ def main() -> None:
         "evaluation": f"first {arguments.windows} windows of {SEQLEN} tokens with BOS of each text",
     }
     known["machine"] = machine(arguments.device)
-    known["order"] = list(SUITES["all"])
+    known["order"] = list(SUITES["kv" if arguments.suite == "kv" else "all"])
     known["command"] = "python benchmarks/accuracy.py " + " ".join(
         f"--{key} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
         for key, value in vars(arguments).items()
@@ -160,6 +175,7 @@ def main() -> None:
             "windows": arguments.windows,
             "device": arguments.device,
             "threads": max((os.cpu_count() or 1) // arguments.workers, 1),
+            "kv_bits": KV_BITS.get(arguments.suite, (16,)),
         }
         for seed in range(arguments.seeds)
         for path in arguments.model
@@ -167,11 +183,12 @@ def main() -> None:
         if (Path(path).name, label, seed) not in done and (not arguments.only or label in arguments.only)
     ]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for row in pool.imap_unordered(run_one, jobs):
+        for row in chain.from_iterable(pool.imap_unordered(run_one, jobs)):
             known["rows"].append(row)
             arguments.out.write_text(json.dumps(known, indent=1) + "\n")
             shown = "  ".join(f"{name} {value['d']:+.4f}" for name, value in row["eval"].items())
-            print(f"{row['model']:12} {row['label']:40} seed {row['seed']}  {shown}  {row['seconds']} s", flush=True)
+            what = f"{row['model']:12} {row['label']:40} kv{row['kv_bits']:<2} seed {row['seed']}"
+            print(f"{what}  {shown}  {row['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

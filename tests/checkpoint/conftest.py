@@ -10,10 +10,21 @@ from torch import Tensor
 
 from mergequant import ops
 from mergequant.checkpoint import CheckpointWriter
-from mergequant.nn import InputSpec, LinearSpec, NormSpec, PrefixSpec, PrefixStore, Spec, build_module
+from mergequant.nn import (
+    InputSpec,
+    KVScales,
+    KVSpec,
+    LinearSpec,
+    NormSpec,
+    PrefixSpec,
+    PrefixStore,
+    Spec,
+    build_module,
+)
 
 WIDTH = 12
 PREFIX = PrefixSpec(tokens=(1, 4), replaces_bos=True, layers=2, kv_heads=2, key_width=3, value_width=3, channels=WIDTH)
+KV = KVSpec(layers=2, kv_heads=2, key_width=3, value_width=3)
 LAYERS: dict[str, Spec] = {
     "norm": NormSpec(norm="rms", channels=WIDTH, width=14, bits=8, eps=1e-5, gathers=True),
     "attn.q_proj": LinearSpec(outputs=10, input=InputSpec(kind="codes", in_width=WIDTH, width=14)),
@@ -58,15 +69,16 @@ def block() -> Callable[[int], tuple[dict[str, Tensor], dict[str, Any]]]:
 
 @pytest.fixture
 def config() -> dict[str, Any]:
-    """The whole config.json of two blocks and a prefix."""
+    """The whole config.json of two blocks, a prefix and the steps of a quantized cache."""
     return {
         "model_type": "llama",
         "quantization_config": {
             "quant_method": "mergequant",
-            "format_version": "1.0",
+            "format_version": "1.1",
             "recipe": {"name": "by-hand"},
             "layers": {**_block(0)[1]["layers"], **_block(1)[1]["layers"]},
             "prefix": PREFIX.to_dict(),
+            "kv": KV.to_dict(),
             "provenance": {"seed": 0},
             "figures": {"loss": 0.5},
         },
@@ -75,10 +87,12 @@ def config() -> dict[str, Any]:
 
 @pytest.fixture
 def tail() -> dict[str, Tensor]:
-    """Embedding and prefix."""
+    """Embedding, prefix and the steps of a quantized cache."""
     generator = torch.Generator().manual_seed(9)
     store = {f"model.mergequant_prefix.{key}": tensor for key, tensor in PrefixStore(PREFIX).state_dict().items()}
     tensors = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in store.items()}
+    steps = KVScales(KV).state_dict()
+    tensors |= {f"model.mergequant_kv.{key}": _fill(key, tensor, generator) for key, tensor in steps.items()}
     return {"model.embed_tokens.weight": torch.randn(7, WIDTH, generator=generator).half(), **tensors}
 
 

@@ -14,6 +14,7 @@ from mergequant.checkpoint import count_bits, expected_tensors, model_card, open
 from mergequant.errors import CheckpointError, VersionError
 from mergequant.nn import InputSpec, LinearSpec
 
+KEYS = "model.mergequant_kv.key_scale_"
 QKV, OUT, NORM, MLP = (f"model.layers.0.{name}" for name in ("attn.q_proj", "attn.o_proj", "norm", "mlp"))
 
 
@@ -71,8 +72,19 @@ def test_rule_2_when_method_is_another_points_to_transformers(folder: Path) -> N
 
 def test_rule_3_when_major_version_is_unknown_names_both(folder: Path) -> None:
     _edit_config(folder, lambda q: q.update(format_version="2.0"))
-    with pytest.raises(VersionError, match=r"2\.0.*1\.0"):
+    with pytest.raises(VersionError, match=r"2\.0.*1\.1"):
         open_checkpoint(folder)
+
+
+def test_rule_3_when_minor_version_is_older_reads_what_it_held(folder: Path) -> None:
+    """Version 1.0 knew no steps of a quantized cache."""
+    _edit_config(folder, lambda q: (q.update(format_version="1.0"), q.pop("kv")))
+    _edit_tensors(folder, lambda t: [t.pop(name) for name in list(t) if "mergequant_kv" in name])
+    checkpoint = open_checkpoint(folder)
+    checkpoint.validate()
+    assert checkpoint.quantization.kv is None
+    assert checkpoint.kv_module is None
+    assert checkpoint.quantization.to_dict()["format_version"] == "1.0"
 
 
 @pytest.mark.parametrize("version", [None, 1.0, "1", "one.two", "1.0\n"])
@@ -92,6 +104,8 @@ def test_rule_3_when_version_is_no_version_refuses(version: Any, folder: Path) -
         (lambda q: q["layers"][QKV].pop("outputs"), "q_proj: key 'outputs' is missing"),
         (lambda q: q["layers"][QKV].update(outputs="10"), "q_proj.outputs: expected int"),
         (lambda q: q["prefix"].update(tokens=[-1]), "prefix.tokens"),
+        (lambda q: q["kv"].update(bits=4), "kv: unknown key 'bits'"),
+        (lambda q: q["kv"].update(kv_heads=0), "kv: a quantized cache needs"),
     ],
 )
 def test_rule_4_when_config_keys_are_wrong_names_the_key(change: Any, match: str, folder: Path) -> None:
@@ -151,7 +165,9 @@ def test_rule_8_when_tensors_are_missing_names_them(folder: Path) -> None:
     _refused(folder, r"missing tensors model\.layers\.0\.attn\.o_proj\.input_quantizer\.shift")
 
 
-@pytest.mark.parametrize("name", [f"{QKV}.weight", f"{QKV}.bias", f"{NORM}.shift", "model.mergequant_prefix.extra"])
+@pytest.mark.parametrize(
+    "name", [f"{QKV}.weight", f"{QKV}.bias", f"{NORM}.shift", "model.mergequant_prefix.extra", KEYS + "16"]
+)
 def test_rule_8_when_a_layer_has_more_than_described_refuses(name: str, folder: Path) -> None:
     _edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
     _refused(folder, f"{name}.*not part of its description")
@@ -166,6 +182,8 @@ def test_rule_8_when_a_layer_has_more_than_described_refuses(name: str, folder: 
         (f"{NORM}.multiplier", torch.ones(12)),
         (f"{NORM}.index", torch.zeros(14, dtype=torch.int64)),
         ("model.mergequant_prefix.keys", torch.ones(2, 2, 3, 3)),
+        (f"{KEYS}4", torch.ones(2, 2, 4)),
+        (f"{KEYS}8", torch.ones(2, 2, 3).half()),
     ],
 )
 def test_rule_9_when_shape_or_dtype_differs_names_both(name: str, tensor: torch.Tensor, folder: Path) -> None:
@@ -190,6 +208,9 @@ def test_rule_10_when_gather_index_is_out_of_range_names_it(name: str, value: in
         (f"{QKV}.weight_scale", 0.0, r"scale at \(1,\) is not positive"),
         (f"{QKV}.weight_scale", -1.0, "not positive"),
         ("model.mergequant_prefix.hidden", float("nan"), "not finite"),
+        (f"{KEYS}8", float("inf"), "not finite"),
+        (f"{KEYS}4", 0.0, r"scale at \(1, 0, 0\) is not positive"),
+        ("model.mergequant_kv.value_scale_4", -1.0, "not positive"),
     ],
 )
 def test_rule_11_when_values_make_no_sense_names_the_place(name: str, value: float, match: str, folder: Path) -> None:
@@ -217,6 +238,37 @@ def test_rule_14_when_rotation_is_another_names_layer_and_both(folder: Path) -> 
     _refused(folder, f"{MLP}: .*cosine-12")
 
 
+def test_rule_15_when_cache_steps_are_described_and_not_stored_refuses(folder: Path) -> None:
+    _edit_tensors(folder, lambda t: [t.pop(name) for name in list(t) if "mergequant_kv" in name])
+    _refused(folder, "one set of cache steps, stored are")
+
+
+def test_rule_15_when_cache_steps_are_stored_and_not_described_refuses(folder: Path) -> None:
+    _edit_config(folder, lambda q: q.pop("kv"))
+    _refused(folder, "no set of cache steps, stored are")
+
+
+@pytest.mark.parametrize("module", ["mergequant_kv", "model.decoder.mergequant_kv"])
+def test_rule_15_when_cache_steps_lie_elsewhere_than_the_prefix_refuses(module: str, folder: Path) -> None:
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "mergequant_kv" in name]:
+            tensors[f"{module}.{name.rpartition('.')[2]}"] = tensors.pop(name)
+
+    _edit_tensors(folder, move)
+    _refused(folder, "lies in another module than model.mergequant_prefix")
+
+
+def test_rule_15_when_cache_steps_are_stored_twice_refuses(folder: Path) -> None:
+    _edit_tensors(folder, lambda t: t.update({"model.decoder.mergequant_kv.key_scale_4": torch.ones(2, 2, 3)}))
+    _refused(folder, "one set of cache steps, stored are.*decoder")
+
+
+@pytest.mark.parametrize("key", ["layers", "kv_heads", "key_width", "value_width"])
+def test_rule_15_when_cache_steps_and_prefix_differ_in_shape_refuses(key: str, folder: Path) -> None:
+    _edit_config(folder, lambda q: q["kv"].update({key: 5}))
+    _refused(folder, "model.mergequant_kv: steps for keys and values of shape .*the prefix has")
+
+
 def test_tensors_when_prefix_is_given_gives_only_those(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert set(checkpoint.tensors(f"{MLP}.")) == {
@@ -242,6 +294,9 @@ def test_count_bits_when_figures_are_absent_counts_by_hand(folder: Path) -> None
     assert counted["bytes"] == (folder / "model.safetensors").stat().st_size
     assert counted["linear_parameters"] == 2 * (10 * 12 + 12 * 10 + 12 + 6 * 12)
     assert counted["parameters"] == counted["linear_parameters"] + 2 * (12 + 15) + 7 * 12
+    beside = [t for name, t in load_file(folder / "model.safetensors").items() if ".mergequant_" in name]
+    payload = sum(tensor.numel() * tensor.element_size() for tensor in beside)
+    assert payload < counted["auxiliary_bytes"] < counted["bytes"] - counted["linear_bytes"]
     inside = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in load_file(folder / "model.safetensors").items()
@@ -268,6 +323,7 @@ def test_model_card_when_written_names_recipe_results_and_prefix(folder: Path) -
         "| float | 7.123 |  |",
         "a\\|b",
         "2 stored prefix token(s)",
+        "8 or 4 bits",
         "base_model: tiny",
     ):
         assert part in text

@@ -18,13 +18,29 @@ def test_eval_against_float_prints_and_writes_both(
     )
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.stdout
-    assert "stride 16" in result.stdout
+    assert "stride 16" in " ".join(result.stdout.split())
     written = json.loads(report.read_text())
     assert written["quantized"]["bits_per_parameter"] < written["float"]["bits_per_parameter"] == 16
     assert written["kl_mean"] > 0
     assert 0 < written["top1_agreement"] <= 1
     assert written["protocol"]["bos"] is True
     assert list(tmp_path.iterdir()) == [report]
+
+
+def test_eval_through_a_quantized_cache_says_so_and_costs_something(
+    run: Any, checkpoint: Path, texts: tuple[Path, Path]
+) -> None:
+    nll = []
+    for bits in ("16", "8", "4"):
+        result = run("eval", checkpoint, "--data", texts[1], *WINDOWS, "--kv", bits)
+        assert result.exit_code == 0, result.output
+        assert (f"{bits}-bit keys and values" in " ".join(result.stdout.split())) == (bits != "16")
+        written = json.loads(run("eval", checkpoint, "--data", texts[1], *WINDOWS, "--kv", bits, "--json", "-").stdout)
+        assert written["protocol"]["kv_bits"] == int(bits)
+        nll.append(written["quantized"]["nll"])
+    assert len(set(nll)) == 3
+    assert abs(nll[1] - nll[0]) < 0.05
+    assert abs(nll[2] - nll[0]) < 0.5
 
 
 def test_eval_json_to_stdout_is_deterministic(run: Any, texts: tuple[Path, Path]) -> None:
@@ -50,6 +66,9 @@ def test_eval_on_calibration_text_exits_1(run: Any, checkpoint: Path, texts: tup
         (["--data", "self", "--samples", "0"], "--samples"),
         (["--data", "self", "--samples", "1", "--seqlen", "5000"], "2048"),
         (["--data", "self", "--samples", "1", "--stride", "0"], "--stride"),
+        (["--data", "self", "--samples", "1", "--kv", "5"], "--kv"),
+        (["--data", "self", "--samples", "1", "--kv", "4"], "no steps for a quantized cache"),
+        (["--data", "self", "--samples", "1", "--kv", "4", "--tasks", "copa"], "--tasks are run without"),
         (["--data", "self", "--samples", "1", "--dtype", "float23"], "did you mean 'float32'?"),
         (["--data", "self", "--samples", "1", "--device", "cuba"], "did you mean 'cuda'?"),
         (["--data", "self", "--samples", "1", "--task-data", "nowhere"], "--task-data"),

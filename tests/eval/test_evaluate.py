@@ -106,6 +106,9 @@ def test_evaluate_when_model_was_quantized_in_memory_does_not_take_the_float_fol
         ({"seqlen": 1}, UsageError, "--seqlen"),
         ({"samples": 0}, UsageError, "--samples"),
         ({"model": "no/such"}, ModelError, "no such folder"),
+        ({"kv_bits": 5}, UsageError, "--kv 5: choose one of 16, 8, 4"),
+        ({"kv_bits": 8}, UsageError, "--kv 8: .*float model"),
+        ({"kv_bits": 4, "tasks": "copa"}, UsageError, "leave out --kv 4"),
     ],
 )
 def test_evaluate_when_used_wrongly_says_so(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import DynamicCache
 
 from mergequant.data import Windows, head_windows
 from mergequant.errors import NumericsError, UsageError
@@ -45,6 +46,21 @@ def test_score_when_against_another_gives_kl_from_float_to_quantized(
     assert result.kl_mean == pytest.approx(float(kl.mean()), rel=1e-5)
     assert result.kl_p99 == pytest.approx(float(kl.quantile(0.99, interpolation="higher")), rel=1e-5)
     assert result.top1_agreement == pytest.approx(float((quantized.argmax(-1) == exact.argmax(-1)).double().mean()))
+
+
+def test_score_when_a_cache_is_given_runs_the_model_through_a_fresh_one_each_pass(
+    model: Any, other_model: Any, windows: Windows
+) -> None:
+    made = []
+
+    def new_cache(of: Any) -> DynamicCache:
+        assert of is other_model
+        made.append(DynamicCache(config=of.config))
+        return made[-1]
+
+    result = score(other_model, windows, batch_size=2, against=model, new_cache=new_cache)
+    assert [cache.get_seq_length() for cache in made] == [24] * 3
+    assert result.model.nll == pytest.approx(score(other_model, windows).model.nll, rel=1e-6)
 
 
 def test_score_when_batched_differently_gives_the_same_figures(model: Any, windows: Windows) -> None:

@@ -156,6 +156,8 @@ def test_quantize_when_verification_fails_publishes_nothing_however_often(
     model: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = pipeline_run.verify_checkpoint
-    monkeypatch.setattr(pipeline_run, "verify_checkpoint", lambda found, own, expected: real(found, own, expected + 1))
+    monkeypatch.setattr(
+        pipeline_run, "verify_checkpoint", lambda found, own, expected, kv: real(found, own, expected + 1, kv)
+    )
     for _ in range(2):
         assert "logits of the reloaded checkpoint differ" in refused(errors.VerifyError, model)

@@ -2,6 +2,7 @@
 
 from mergequant.calibration.chain import Chain, Chunk, Prefix, Role, check_finite, chunked
 from mergequant.calibration.context import BlockContext, SiteContext
+from mergequant.calibration.kv import record_kv
 from mergequant.calibration.store import ActivationStore, StorePolicy
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "StorePolicy",
     "check_finite",
     "chunked",
+    "record_kv",
 ]

@@ -87,6 +87,19 @@ class Chain:
             return {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
         return kwargs
 
+    def cached_arguments(self, number: int, cache: Cache) -> dict[str, Any] | None:
+        """As `arguments` for chunk `number`, with an empty cache of the caller's, which is given the prefix here.
+
+        None if the model hands its block no cache.
+        """
+        windows = self.chunks[number].tokens
+        asked = self._empty_cache() or cache
+        kwargs = self.shell.block_kwargs(self._run_tokens(windows), cache=asked)[1][self.position]
+        if not any(isinstance(value, Cache) for value in kwargs.values()):
+            return None
+        self._fill(cache, windows.shape[0])
+        return {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+
     def begin_block(self) -> None:
         """Compute the prefix's keys and values in the current block, which still holds its float weights."""
         if self.prefix is None:
@@ -159,9 +172,14 @@ class Chain:
         if self.prefix is None:
             return None
         cache = DynamicCache(config=self.shell.config)
-        keys, values = self.prefix.keys, self.prefix.values
-        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), self.position)
+        self._fill(cache, batch)
         return cache
+
+    def _fill(self, cache: Cache, batch: int) -> None:
+        """Put the prefix, if there is one, into the current block's part of an empty cache."""
+        if self.prefix is not None:
+            keys, values = (part.expand(batch, -1, -1, -1) for part in (self.prefix.keys, self.prefix.values))
+            cache.update(keys, values, self.position)
 
     def _remember(self, shape: torch.Size, kwargs: list[dict[str, Any]]) -> None:
         """Keep a block's arguments once per chunk shape, after checking that they do not depend on the tokens."""

@@ -38,6 +38,8 @@ def model_card(
             " The first one stands for BOS, which prompts must begin with." if quantization.prefix.replaces_bos else ""
         )
         lines += [f"Every cache starts with {len(quantization.prefix.tokens)} stored prefix token(s).{replaces}", ""]
+    if quantization.kv is not None:
+        lines += ["Static steps for a cache of keys and values of 8 or 4 bits are stored, one per channel.", ""]
     if results:
         lines += ["## Results", "", *_table(results), ""]
     lines += [

@@ -6,14 +6,27 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from mergequant.errors import CheckpointError, VersionError
-from mergequant.nn import InputSpec, LinearSpec, NormSpec, PrefixSpec, PrefixStore, Spec, build_module, spec_from_dict
+from mergequant.nn import (
+    InputSpec,
+    KVScales,
+    KVSpec,
+    LinearSpec,
+    NormSpec,
+    PrefixSpec,
+    PrefixStore,
+    Spec,
+    build_module,
+    spec_from_dict,
+)
 
 __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "INDEX_NAME",
+    "KV_MODULE",
     "PREFIX_MODULE",
     "QUANT_METHOD",
     "SHARD_PATTERN",
@@ -24,11 +37,12 @@ __all__ = [
 ]
 
 QUANT_METHOD = "mergequant"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.1 added the steps of a quantized cache
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PREFIX_MODULE = "mergequant_prefix"
+KV_MODULE = "mergequant_kv"
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain file name: no folder, no drive
 VERSION_PATTERN = re.compile(r"(\d{1,4})\.(\d{1,4})")
 ADVICE = "fetch or write the checkpoint again"
@@ -44,6 +58,7 @@ class Quantization:
         provenance: where the checkpoint came from: fingerprint, data, seeds, versions.
         figures: what was measured while it was made.
         prefix: description of the stored prefix, None without one.
+        kv: description of the stored steps of a quantized cache, None without them.
         format_version: as written.
     """
 
@@ -52,6 +67,7 @@ class Quantization:
     provenance: dict[str, Any]
     figures: dict[str, Any]
     prefix: PrefixSpec | None = None
+    kv: KVSpec | None = None
     format_version: str = FORMAT_VERSION
 
     @classmethod
@@ -74,7 +90,7 @@ class Quantization:
         objects = {"recipe", "layers", "provenance", "figures"}
         if missing := sorted(objects - set(data)):
             raise CheckpointError(f"{where}: key {missing[0]!r} is missing; {ADVICE}")
-        if unknown := sorted(set(data) - objects - {"quant_method", "format_version", "prefix"}):
+        if unknown := sorted(set(data) - objects - {"quant_method", "format_version", "prefix", "kv"}):
             raise CheckpointError(
                 f"{where}: unknown key {unknown[0]!r} in format version {version}; this release reads "
                 f"{FORMAT_VERSION}, update mergequant if the checkpoint is newer"
@@ -88,7 +104,8 @@ class Quantization:
             raise CheckpointError(f"{where}.layers is empty: nothing is quantized; {ADVICE}")
         layers = {name: spec_from_dict(spec, f"{where}.layers.{name}") for name, spec in data["layers"].items()}
         prefix = PrefixSpec.from_dict(data["prefix"], f"{where}.prefix") if "prefix" in data else None
-        return cls(data["recipe"], layers, data["provenance"], data["figures"], prefix, version)
+        kv = KVSpec.from_dict(data["kv"], f"{where}.kv") if "kv" in data else None
+        return cls(data["recipe"], layers, data["provenance"], data["figures"], prefix, kv, version)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready `quantization_config`."""
@@ -102,11 +119,13 @@ class Quantization:
         }
         if self.prefix is not None:
             out["prefix"] = self.prefix.to_dict()
+        if self.kv is not None:
+            out["kv"] = self.kv.to_dict()
         return out
 
 
 def expected_tensors(name: str, spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor that a layer (or the prefix) named `name` has, by full tensor name.
+    """Dtype and shape of every tensor of a layer, prefix or set of cache steps named `name`, by full tensor name.
 
     Raises:
         CheckpointError: naming the layer, where this release cannot build it.
@@ -131,7 +150,13 @@ def gather_limits(name: str, spec: LinearSpec | NormSpec) -> dict[str, int]:
 def _tensors(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     # The modules themselves are the only definition of what is stored; on the meta device they cost nothing.
     with torch.device("meta"):
-        module = PrefixStore(spec) if isinstance(spec, PrefixSpec) else build_module(spec)  # type: ignore[arg-type]
+        module: nn.Module
+        if isinstance(spec, PrefixSpec):
+            module = PrefixStore(spec)
+        elif isinstance(spec, KVSpec):
+            module = KVScales(spec)
+        else:
+            module = build_module(spec)  # type: ignore[arg-type]
     return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
 
 

@@ -1,5 +1,6 @@
 """Checkpoint: a checkpoint folder, opened lazily and checked against every rule of `docs/format.md`."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from mergequant.checkpoint.files import read_json
 from mergequant.checkpoint.format import (
     CONFIG_NAME,
     INDEX_NAME,
+    KV_MODULE,
     PREFIX_MODULE,
     SHARD_PATTERN,
     SINGLE_NAME,
@@ -22,12 +24,13 @@ from mergequant.checkpoint.format import (
 )
 from mergequant.checkpoint.tensorfile import Entry, TensorFile, read_header
 from mergequant.errors import CheckpointError
-from mergequant.nn import LinearSpec, NormSpec
+from mergequant.nn import LinearSpec, NormSpec, Spec
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 ADVICE = "fetch or write the checkpoint again"
 SHOWN = 4  # names listed in a message
+SCALE_NAME = re.compile(r"\.weight_scale$|\.(key|value)_scale_\d$")
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,39 @@ class Checkpoint:
         Raises:
             CheckpointError: the prefix is described and not stored, stored and not described, or stored twice.
         """
-        found = sorted({parent for name in self.entries if (parent := _parent_named(name, PREFIX_MODULE))})
-        if self.quantization.prefix is None and not found:
-            return None
-        if self.quantization.prefix is None or len(found) != 1:
-            described = "no" if self.quantization.prefix is None else "one"
+        return self._place_of(PREFIX_MODULE, self.quantization.prefix, "prefix")
+
+    @cached_property
+    def kv_module(self) -> str | None:
+        """Full name of the module that holds the steps of a quantized cache, None without them.
+
+        Raises:
+            CheckpointError: they are described and not stored, stored and not described, stored twice, stored elsewhere
+                than the prefix, or made for other keys and values than the prefix's.
+        """
+        kv, prefix = self.quantization.kv, self.quantization.prefix
+        place = self._place_of(KV_MODULE, kv, "set of cache steps")
+        if place is None or kv is None or prefix is None or self.prefix_module is None:
+            return place
+        shapes = [(spec.layers, spec.kv_heads, spec.key_width, spec.value_width) for spec in (kv, prefix)]
+        if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"{self.folder}: the config describes {described} prefix, stored are {found}; {ADVICE}"
+                f"{place}: steps for keys and values of shape {shapes[0]} (layers, heads, widths), the prefix has "
+                f"{shapes[1]}; {ADVICE}"
+            )
+        if place.rpartition(".")[0] != self.prefix_module.rpartition(".")[0]:
+            raise CheckpointError(f"{place}: lies in another module than {self.prefix_module}; {ADVICE}")
+        return place
+
+    def _place_of(self, module: str, spec: Spec | None, what: str) -> str | None:
+        """Full name of the one module of this name, if it is described; None if it is neither described nor stored."""
+        found = sorted({parent for name in self.entries if (parent := _parent_named(name, module))})
+        if spec is None and not found:
+            return None
+        if spec is None or len(found) != 1:
+            described = "no" if spec is None else "one"
+            raise CheckpointError(
+                f"{self.folder}: the config describes {described} {what}, stored are {found}; {ADVICE}"
             )
         return found[0]
 
@@ -132,10 +161,10 @@ class Checkpoint:
         for name, spec in quantization.layers.items():
             expected.update(expected_tensors(name, spec))
         roots = set(quantization.layers)
-        if quantization.prefix is not None and self.prefix_module is not None:
-            expected.update(expected_tensors(self.prefix_module, quantization.prefix))
-        if self.prefix_module is not None:
-            roots.add(self.prefix_module)
+        for module, own in ((self.prefix_module, quantization.prefix), (self.kv_module, quantization.kv)):
+            if module is not None and own is not None:
+                expected.update(expected_tensors(module, own))
+                roots.add(module)
         for name in self.entries:
             if name not in expected and (owner := _owner(name, roots)):
                 raise CheckpointError(f"{owner}: tensor {name!r} is not part of its description; {ADVICE}")
@@ -221,7 +250,7 @@ def _check_value(name: str, value: Tensor, limit: int | None) -> None:
     if not finite.all():
         place = tuple((~finite).nonzero()[0].tolist())
         raise CheckpointError(f"{name}: is not finite at {place}; {ADVICE}")
-    if name.endswith(".weight_scale") and not (value > 0).all():
+    if SCALE_NAME.search(name) and not (value > 0).all():
         place = tuple((value <= 0).nonzero()[0].tolist())
         raise CheckpointError(f"{name}: scale at {place} is not positive; {ADVICE}")
 

@@ -19,6 +19,7 @@ def count_bits(folder: Path | str) -> dict[str, float]:
     Returns:
         bytes: size of all safetensors files.
         linear_bytes: of which for quantized layers.
+        auxiliary_bytes: of which for the prefix and the steps of a quantized cache.
         parameters: of the float architecture, tied weights once (`figures.parameters`; else counted from the tensors).
         linear_parameters: of the quantized linear layers in the float architecture (`figures.linear_parameters`; else
             from the descriptions).
@@ -29,13 +30,14 @@ def count_bits(folder: Path | str) -> dict[str, float]:
     """
     checkpoint = open_checkpoint(folder)
     layers = checkpoint.quantization.layers
-    total, linear = 0.0, 0.0
+    total, linear, auxiliary = 0.0, 0.0, 0.0
     for file in checkpoint.files:
         text = sum(entry.text for entry in file.entries.values())
         for name, entry in file.entries.items():
             size = entry.size + file.overhead * entry.text / text
             total += size
             linear += size if _is_quantized(name, layers) else 0
+            auxiliary += size if _is_auxiliary(name, checkpoint) else 0
     linear_parameters = _figure(checkpoint, "linear_parameters") or sum(
         spec.outputs * (spec.input.in_width + spec.bias) for spec in layers.values() if not isinstance(spec, NormSpec)
     )
@@ -43,6 +45,7 @@ def count_bits(folder: Path | str) -> dict[str, float]:
     return {
         "bytes": round(total),
         "linear_bytes": round(linear),
+        "auxiliary_bytes": round(auxiliary),
         "parameters": parameters,
         "linear_parameters": linear_parameters,
         "bits_per_parameter": 8 * total / parameters,
@@ -60,11 +63,15 @@ def _float_parameters(checkpoint: Checkpoint) -> int:
     kept = [
         entry
         for name, entry in checkpoint.entries.items()
-        if not _is_quantized(name, quantization.layers) and not name.startswith(f"{checkpoint.prefix_module}.")
+        if not _is_quantized(name, quantization.layers) and not _is_auxiliary(name, checkpoint)
     ]
     norms = [spec for spec in quantization.layers.values() if isinstance(spec, NormSpec)]
     gains = sum(spec.channels * (2 if spec.norm == "layer" else 1) for spec in norms)
     return sum(math.prod(entry.shape) for entry in kept) + gains
+
+
+def _is_auxiliary(name: str, checkpoint: Checkpoint) -> bool:
+    return name.startswith((f"{checkpoint.prefix_module}.", f"{checkpoint.kv_module}."))
 
 
 def _is_quantized(name: str, layers: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from mergequant.cli.options import (
     seed_option,
     seqlen_option,
 )
+from mergequant.eval import FLOAT_KV_BITS, KV_CHOICES
 
 __all__ = ["eval_command"]
 
@@ -32,6 +33,13 @@ __all__ = ["eval_command"]
 @click.option("--stride", type=click.IntRange(min=1), metavar="N", help="Tokens between windows. Default: no overlap.")
 @bos_option
 @seed_option
+@click.option(
+    "--kv",
+    type=click.Choice([str(bits) for bits in KV_CHOICES]),
+    default=str(FLOAT_KV_BITS),
+    show_default=True,
+    help="Bits of the keys and values that A attends to, as while it generates; 16: as the model makes them.",
+)
 @click.option("--tasks", metavar="a,b", help="Zero-shot tasks (needs the extra `eval`).")
 @click.option(
     "--task-data",
@@ -52,6 +60,7 @@ def eval_command(
     stride: int | None,
     bos: bool | None,
     seed: int,
+    kv: str,
     tasks: str | None,
     task_data: Path | None,
     task_samples: int | None,
@@ -82,6 +91,7 @@ def eval_command(
             task_samples=task_samples,
             device=device,
             dtype=dtype,
+            kv_bits=int(kv),
         )
     output.show(report.table())
     if report.tasks:

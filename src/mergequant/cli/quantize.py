@@ -144,6 +144,7 @@ def summary_view(result: Quantized, recipe: str, seconds: float, *, fresh: bool)
         table.add_row("" if row else "largest error", f"{error:.4f} at {name}")
     if figures.get("kept_float"):
         table.add_row("kept in float", ", ".join(figures["kept_float"]))
+    table.add_row("KV cache", figures.get("kv_cache", "none"))
     table.add_row("time", human_time(seconds))
     note = "error = squared error of a site's outputs against float weights on the same held-out input, relative"
     return [table, note]

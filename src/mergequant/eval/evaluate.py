@@ -20,13 +20,14 @@ from mergequant.data import (
 )
 from mergequant.data.tokenizer import read_tokenizer
 from mergequant.data.windows import Bos
-from mergequant.errors import ModelError, UsageError
-from mergequant.eval.perplexity import Scores, score
-from mergequant.eval.report import ModelReport, Report
+from mergequant.errors import InputError, ModelError, UsageError
+from mergequant.eval.perplexity import CacheMaker, Scores, score
+from mergequant.eval.report import FLOAT_KV_BITS, ModelReport, Report
 from mergequant.eval.size import Size, folder_size, memory_size
 
-__all__ = ["TaskRunner", "evaluate", "load_model", "load_tokenizer"]
+__all__ = ["KV_CHOICES", "TaskRunner", "evaluate", "load_model", "load_tokenizer"]
 
+KV_CHOICES = (FLOAT_KV_BITS, 8, 4)
 ModelLike = PreTrainedModel | str | Path
 TaskRunner = Callable[..., dict[str, dict[str, Any]]]
 """`run_tasks(models, tokenizer, tasks, ...)` of `mergequant.integrations.lm_eval`, or a stand-in."""
@@ -49,6 +50,7 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    kv_bits: int = FLOAT_KV_BITS,
 ) -> Report:
     """Measure perplexity, size and speed of a model, and its distance to the float model.
 
@@ -63,16 +65,21 @@ def evaluate(
     dtype: of the hidden states of `model` when it is given as a folder (None: as saved, float32 for a float model);
         `against` stays in float32.
     tokenizer: needed for loaded models only, and then only if their `name_or_path` is no folder.
+    kv_bits: 16, or 8 or 4 for a `model` that attends through a quantized cache, as it does while it generates.
 
     Raises `OverlapError`, before anything is computed, when the data overlaps the calibration or held-out data that the
     checkpoint remembers; `DataError`, `UsageError`, `ModelError` and `NumericsError` as the parts do.
     """
     spec = as_data_spec(data)
+    if kv_bits not in KV_CHOICES:
+        raise UsageError(f"--kv {kv_bits}: choose one of {', '.join(map(str, KV_CHOICES))}.")
     configs = [_config(model), *([_config(against)] if against is not None else [])]
     check_seqlen(seqlen, min((n for c in configs if (n := _max_positions(c)) is not None), default=None))
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
     names = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
+    if names and kv_bits != FLOAT_KV_BITS:
+        raise UsageError(f"--tasks are run without a quantized cache; leave out --kv {kv_bits}, or measure them apart.")
     run_tasks = _task_runner() if names else None  # a missing library should not show after an hour of work
 
     loaded_float: PreTrainedModel | None = None
@@ -93,7 +100,8 @@ def evaluate(
     else:
         scored = load_model(model, device, dtype)
         exact = loaded_float if loaded_float is not None else load_model(against, device)
-    scores = score(scored, windows, batch_size=batch_size, against=exact, device=device)
+    new_cache = None if kv_bits == FLOAT_KV_BITS else _cache_maker(scored, kv_bits)
+    scores = score(scored, windows, batch_size=batch_size, against=exact, device=device, new_cache=new_cache)
 
     task_results: dict[str, dict[str, Any]] = {}
     if run_tasks is not None:
@@ -115,6 +123,7 @@ def evaluate(
         "batch_size": batch_size,
         "device": str(scored.device),
         "dtype": str(scored.dtype).removeprefix("torch."),
+        "kv_bits": kv_bits,
         "float_dtype": None if exact is None else str(exact.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
@@ -194,12 +203,18 @@ def _is_quantized(config: Any) -> bool:
 
 
 def load_model(
-    model: ModelLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    model: ModelLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    serve: bool | None = False,
+    kv_bits: int | None = None,
 ) -> PreTrainedModel:
     """A quantized or float model from a folder, in evaluation mode; a model in memory is returned as it is.
 
-    dtype: None takes the saved one for a quantized folder, float32 for a float one. Raises `ModelError` and
-    `CheckpointError`.
+    dtype: None takes the saved one for a quantized folder, float32 for a float one. serve, kv_bits: as
+    `mergequant.load`, for quantized folders; scoring runs forward passes, which need neither. Raises `ModelError`,
+    `CheckpointError` and `UsageError`.
     """
     if isinstance(model, PreTrainedModel):
         return model
@@ -207,12 +222,13 @@ def load_model(
     if _is_quantized(_config(model)):
         import mergequant  # here, because the public face itself exports `evaluate`
 
-        loaded = mergequant.load(folder, dtype=dtype)
-    else:
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"Model {str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}).") from error
+        return mergequant.load(folder, dtype=dtype, device=device or "cpu", serve=serve, kv_bits=kv_bits)
+    if kv_bits is not None:
+        raise UsageError(f"--kv {kv_bits} is for quantized models; {folder} holds a float one.")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"Model {str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}).") from error
     if device is not None:
         torch.nn.Module.to(loaded, device)
     return loaded.eval()
@@ -235,6 +251,17 @@ def _size(given: ModelLike, loaded: PreTrainedModel, config: Any) -> Size:
     if folder is not None and ("quantization_config" in _stored_config(folder)) == _is_quantized(config):
         return folder_size(folder, config)
     return memory_size(loaded, config)
+
+
+def _cache_maker(model: PreTrainedModel, bits: int) -> CacheMaker:
+    """What makes a quantized cache. Raises `UsageError` at once for a model that has no steps for it."""
+    from mergequant.integrations.transformers import QuantizedCache  # the same door as below
+
+    try:
+        QuantizedCache.for_model(model, bits)
+    except InputError as error:
+        raise UsageError(f"--kv {bits}: {error}.") from error
+    return lambda model: QuantizedCache.for_model(model, bits)
 
 
 def _task_runner() -> TaskRunner:

@@ -6,15 +6,19 @@ predicted across windows. Logarithms are taken in float32, sums in float64: figu
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from mergequant.data.windows import Windows
 from mergequant.errors import NumericsError, UsageError
 
 __all__ = ["Divergence", "Likelihood", "Scores", "score"]
+
+
+CacheMaker = Callable[[PreTrainedModel], Cache]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +72,8 @@ class Scores:
 class _Runner:
     """One model being scored: runs batches, keeps sums and time."""
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
-        self.model, self.name = model.eval(), name
+    def __init__(self, model: PreTrainedModel, name: str, new_cache: CacheMaker | None = None) -> None:
+        self.model, self.name, self.new_cache = model.eval(), name, new_cache
         self.seconds = 0.0
         self.fed = 0
         self.window_sums: list[float] = []
@@ -78,7 +82,8 @@ class _Runner:
         """(B, T) int64 -> (B, T - 1, V) logits that predict tokens 1..T-1."""
         inputs = tokens.to(self.model.device)
         begin = time.perf_counter()
-        logits = self.model(input_ids=inputs, use_cache=False).logits[:, :-1]
+        cache = None if self.new_cache is None else self.new_cache(self.model)
+        logits = self.model(input_ids=inputs, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - begin
@@ -106,16 +111,20 @@ def score(
     batch_size: int = 8,
     against: PreTrainedModel | None = None,
     device: torch.device | str | None = None,
+    new_cache: CacheMaker | None = None,
 ) -> Scores:
     """Run `model`, and `against` (the float model) beside it, over `windows`.
 
     Models are moved to `device` if it is given and run where they are otherwise. Windows with a stride contribute their
-    last `stride` tokens only, except the first. Raises `NumericsError` naming window and position at the first logit
-    that is not finite, `UsageError` for a bad batch size or models of different vocabularies.
+    last `stride` tokens only, except the first. `new_cache` makes the cache through which `model` attends in each pass
+    (None: without one); with a quantized one, every token sees the tokens before it, and itself, as they come out of
+    that cache, which is what it sees when text is generated one token at a time. Raises `NumericsError` naming window
+    and position at the first logit that is not finite, `UsageError` for a bad batch size or models of different
+    vocabularies.
     """
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: must be at least 1.")
-    runners = [_Runner(_placed(model, device), "Quantized" if against is not None else "The")]
+    runners = [_Runner(_placed(model, device), "Quantized" if against is not None else "The", new_cache)]
     if against is not None:
         runners.append(_Runner(_placed(against, device), "Float"))
     counts: list[int] = []

@@ -11,7 +11,9 @@ from rich.table import Table
 from mergequant.eval.perplexity import Divergence, Likelihood
 from mergequant.eval.size import Size
 
-__all__ = ["ModelReport", "Report", "human_bytes", "results_table"]
+__all__ = ["FLOAT_KV_BITS", "ModelReport", "Report", "human_bytes", "results_table"]
+
+FLOAT_KV_BITS = 16  # stands for keys and values as the model makes them, whatever its dtype
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def results_table(reports: Mapping[str, Report]) -> Table:
 def _title(protocol: Mapping[str, Any]) -> str:
     stride = f", stride {protocol['stride']}" if protocol["stride"] else ""
     start = "with" if protocol["bos"] else "without"
-    return f"{protocol['data']}: {protocol['samples']} windows of {protocol['seqlen']} tokens{stride}, {start} BOS"
+    cache = f", {bits}-bit keys and values" if (bits := protocol["kv_bits"]) < FLOAT_KV_BITS else ""
+    text = f"{protocol['data']}: {protocol['samples']} windows of {protocol['seqlen']} tokens{stride}, {start} BOS"
+    return text + cache
 
 
 def _row(model: ModelReport, distance: Divergence | None) -> list[str]:

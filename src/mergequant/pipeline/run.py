@@ -53,6 +53,7 @@ from mergequant.pipeline.blocks import (
 )
 from mergequant.pipeline.clock import Clock
 from mergequant.pipeline.heldout import FloatCompanion
+from mergequant.pipeline.kv import KVRecord, beside_blocks, describe_kv, measure_kv, stack_kv
 from mergequant.pipeline.plan import Plan, make_plan
 from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
@@ -265,6 +266,10 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     expected = chain.logits(len(chunks) - 1)
     tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
     quantization = _describe(job, collected)
+    kv, steps = stack_kv(collected["kv"])
+    if kv is not None:
+        tail |= {f"{beside_blocks(shell)}.{name}": tensor for name, tensor in steps.items()}
+        quantization["kv"] = kv.to_dict()
     if job.prefix is not None:
         tail |= _prefix_tail(chain, collected)
         quantization["prefix"] = _prefix_spec(chain, tail, job.prefix).to_dict()
@@ -279,7 +284,7 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
         job.reporter.phase("verifying")
         with job.clock.measure("verify"):
             own = Chain(shell, [kept_apart], job.policy, job.prefix)
-            verify_checkpoint(open_checkpoint(folder), own, expected)
+            verify_checkpoint(open_checkpoint(folder), own, expected, steps)
             own.close()
 
     job.reporter.phase("writing")
@@ -292,6 +297,7 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
     layers: dict[str, Any] = {}
     figures: dict[str, Any] = {}
     prefix_states: list[tuple[Tensor, Tensor]] = []
+    kv: list[KVRecord | None] = []
     for index, name in enumerate(shell.block_names):
         shell.load_block(index)
         chain.begin_block()
@@ -309,7 +315,9 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
             context = BlockContext(chain, shell.structures[index], generator)
             quantize_block(context, job.recipe, job.clock)
             specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
-            record = {"layers": specs, "figures": context.figures}
+            with job.clock.measure("steps of a quantized cache"):
+                steps = measure_kv(context)
+            record = {"layers": specs, "figures": context.figures, "kv": steps}
             if chain.prefix is not None:
                 # Kept in the record, since a step may have scaled them together with the value projection; a Python
                 # float holds a float32 exactly, and JSON writes it so that it reads back the same.
@@ -317,13 +325,14 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
             writer.write_block(index, block_tensors(name, shell.blocks[index], shell.stored_dtype), record)
         if chain.prefix is not None:
             prefix_states.append((chain.prefix.keys.float().cpu(), chain.prefix.values.float().cpu()))
+        kv.append(record["kv"])
         layers |= record["layers"]
         figures[name] = record["figures"]
         with job.clock.measure("running quantized blocks"):
             chain.advance()
         shell.release_block(index)
         job.reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
-    return {"layers": layers, "sites": figures, "prefix": prefix_states}
+    return {"layers": layers, "sites": figures, "prefix": prefix_states, "kv": kv}
 
 
 def _recipe(recipe: str | Recipe, settings: Mapping[str, Any] | None) -> Recipe:
@@ -423,6 +432,7 @@ def _describe(job: _Job, collected: dict[str, Any]) -> dict[str, Any]:
             "linear_parameters": planned.linear_parameters,
             "kept_float": planned.kept,
             "held_out": collected["held_out"],
+            "kv_cache": describe_kv(collected["kv"], shell.block_names),
             "sites": collected["sites"],
         },
     }
@@ -434,8 +444,7 @@ def _base_name(shell: ModelShell) -> str:
 
 def _prefix_tail(chain: Chain, collected: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of the prefix, in the decoder that owns the blocks."""
-    owner = chain.shell.block_names[0].rpartition(".")[0].rpartition(".")[0]
-    name = f"{owner}.{PREFIX_MODULE}" if owner else PREFIX_MODULE
+    name = beside_blocks(chain.shell, PREFIX_MODULE)
     return {
         f"{name}.keys": torch.cat([keys for keys, _ in collected["prefix"]]).contiguous(),
         f"{name}.values": torch.cat([values for _, values in collected["prefix"]]).contiguous(),

@@ -1,5 +1,7 @@
 """Verify: reload what was written and compare it with what was in memory."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,14 @@ __all__ = ["verify_checkpoint"]
 GPU_TOLERANCE = 1e-2  # of the largest logit: libraries may sum in another order from call to call
 
 
-def verify_checkpoint(checkpoint: Checkpoint, chain: Chain, expected: Tensor) -> float:
+def verify_checkpoint(checkpoint: Checkpoint, chain: Chain, expected: Tensor, kv: Mapping[str, Tensor]) -> float:
     """Run the verify chunk through the blocks as the checkpoint holds them, one in memory at a time.
 
     Args:
         checkpoint: the finished folder, validated.
         chain: a fresh chain that holds only the verify chunk, with the prefix's tokens if there is one.
         expected: logits of that chunk from the run that made the checkpoint.
+        kv: steps of a quantized cache by name, empty without them; no logits above depend on them.
 
     Returns:
         Largest difference of a logit: 0.0 on a CPU; on a GPU rounding of the float parts is allowed for.
@@ -35,6 +38,10 @@ def verify_checkpoint(checkpoint: Checkpoint, chain: Chain, expected: Tensor) ->
         if not torch.equal(checkpoint.get(name).to(tensor.device, tensor.dtype), tensor):
             raise VerifyError(f"{name} in {checkpoint.folder} differs from the model's; the disk may be faulty")
         names.discard(name)
+    for name, tensor in kv.items():
+        if not torch.equal(checkpoint.get(f"{checkpoint.kv_module}.{name}"), tensor):
+            raise VerifyError(f"{name} in {checkpoint.folder} differs from what was measured; the disk may be faulty")
+        names.discard(f"{checkpoint.kv_module}.{name}")
     layers = dict(checkpoint.quantization.layers)
     for index, block in enumerate(shell.block_names):
         tensors = checkpoint.tensors(f"{block}.")

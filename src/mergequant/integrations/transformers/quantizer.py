@@ -8,11 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from mergequant.checkpoint import PREFIX_MODULE, Quantization, open_checkpoint
+from mergequant.checkpoint import KV_MODULE, PREFIX_MODULE, Quantization, open_checkpoint
 from mergequant.errors import CheckpointError, UsageError
 from mergequant.integrations.transformers.config import MergeQuantConfig
 from mergequant.integrations.transformers.prefix import find_decoder, install_prefix
-from mergequant.nn import PrefixStore, QuantModule, build_module
+from mergequant.nn import KVScales, PrefixStore, QuantModule, build_module
 
 __all__ = ["MergeQuantQuantizer", "quantize_skeleton"]
 
@@ -36,12 +36,13 @@ class MergeQuantQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         files, dtype = kwargs.get("checkpoint_files"), kwargs.get("dtype")
-        prefix_module = None
+        prefix_module = kv_module = None
         if files:
             checkpoint = open_checkpoint(Path(files[0]).parent)
             checkpoint.validate()
-            prefix_module = checkpoint.prefix_module
-        quantize_skeleton(model, self.quantization_config.quantization, dtype or model.dtype, prefix_module)
+            prefix_module, kv_module = checkpoint.prefix_module, checkpoint.kv_module
+        quantization = self.quantization_config.quantization
+        quantize_skeleton(model, quantization, dtype or model.dtype, prefix_module, kv_module)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -62,15 +63,20 @@ class MergeQuantQuantizer(HfQuantizer):
 
 
 def quantize_skeleton(
-    model: nn.Module, quantization: Quantization, dtype: torch.dtype, prefix_module: str | None = None
+    model: nn.Module,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    prefix_module: str | None = None,
+    kv_module: str | None = None,
 ) -> None:
-    """Replace the described modules by empty quantized ones, on the meta device, and attach an empty prefix.
+    """Replace the described modules by empty quantized ones, on the meta device, and attach empty prefix and steps.
 
     Args:
         model: skeleton of the float architecture, with or without its head.
         quantization: what to build, by the full names of the model with its head.
         dtype: of float results.
-        prefix_module: full name for the prefix; None puts it beside the blocks.
+        prefix_module, kv_module: full names for the prefix and the steps of a quantized cache; None puts them beside
+            the blocks.
 
     Raises:
         CheckpointError: a layer that the model does not have, or that stands for something else.
@@ -88,13 +94,21 @@ def quantize_skeleton(
                 )
             parent._modules[child] = _in_dtype(build_module(spec), dtype)
         if quantization.prefix is not None:
-            if prefix_module is None:
-                decoder = model.get_submodule(find_decoder(model, quantization.prefix.layers))
-            elif (place := _place(model, prefix_module)) is not None:
-                decoder = place[0]
-            else:
-                raise CheckpointError(f"{prefix_module}: {type(model).__name__} has no module to attach the prefix to")
+            decoder = _owner(model, prefix_module, quantization.prefix.layers)
             decoder.add_module(PREFIX_MODULE, _in_dtype(PrefixStore(quantization.prefix), dtype))
+        if quantization.kv is not None:
+            decoder = _owner(model, kv_module, quantization.kv.layers)
+            decoder.add_module(KV_MODULE, _in_dtype(KVScales(quantization.kv), dtype))
+
+
+def _owner(model: nn.Module, name: str | None, layers: int) -> nn.Module:
+    """The module that holds the module of this full name; for None the one that owns `layers` blocks."""
+    if name is None:
+        return model.get_submodule(find_decoder(model, layers))
+    place = _place(model, name)
+    if place is None:
+        raise CheckpointError(f"{name}: {type(model).__name__} has no module to attach it to")
+    return place[0]
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
