@@ -18,6 +18,18 @@ def test_generate_continues_prompt(run: Any, checkpoint: Path, static: list[str]
     assert "5 tokens in" in result.stderr
 
 
+def test_generate_when_kv_is_given_runs_on_the_fast_loop(
+    run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["generate", checkpoint, "The river", "--temperature", "0", "--max-new-tokens", "8"]
+    texts = [run(*arguments, "--dtype", "float32", *kv).stdout for kv in ([], ["--kv", "16"])]
+    assert texts[0] == texts[1]
+    monkeypatch.setattr("mergequant.integrations.transformers.extract.MODEL_TYPES", ("other",))
+    refused = run("generate", checkpoint, "a", "--kv", "16")
+    assert refused.exit_code == 2
+    assert "fast loop" in refused.stderr
+
+
 def test_generate_with_same_seed_writes_same(run: Any, checkpoint: Path) -> None:
     arguments = ["generate", checkpoint, "The river", "--max-new-tokens", "8", "--seed"]
     texts = [run(*arguments, seed).stdout for seed in (0, 0, 1)]
@@ -48,6 +60,8 @@ def test_prompt_tokens_has_one_bos() -> None:
         (["tiny", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["tiny", "a", "--temperature", "-1"], 2, "--temperature"),
         (["tiny", "a", "--temprature", "1"], 2, "--temperature"),
+        (["tiny", "a", "--kv", "8"], 2, "float one"),
+        (["tiny", "a", "--kv", "5"], 2, "--kv"),
         (["tiny", "a", "b"], 2, "b"),
         ([], 2, "DIR"),
         (["./nowhere", "a"], 1, "nowhere"),

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from mergequant import ops
-from mergequant.checkpoint import PREFIX_MODULE, CheckpointWriter, Quantization
+from mergequant.checkpoint import KV_MODULE, PREFIX_MODULE, CheckpointWriter, Quantization
 from mergequant.grids import pack_codes
 from mergequant.integrations.transformers import install_prefix, register
-from mergequant.nn import InputSpec, LinearSpec, NormSpec, PrefixSpec, PrefixStore, QuantLinear, QuantNorm
+from mergequant.nn import (
+    InputSpec,
+    KVScales,
+    KVSpec,
+    LinearSpec,
+    NormSpec,
+    PrefixSpec,
+    PrefixStore,
+    QuantLinear,
+    QuantNorm,
+)
+from mergequant.transforms import kv_steps
 
 BOS = 1
 VOCABULARY = 61
@@ -182,6 +193,22 @@ def _store(model: PreTrainedModel, tokens: tuple[int, ...], replaces_bos: bool, 
     return store
 
 
+@torch.no_grad()
+def _steps(model: PreTrainedModel) -> KVScales:
+    """Steps of a quantized cache, from random tokens."""
+    ids = torch.randint(3, VOCABULARY, (6, 40), generator=torch.Generator().manual_seed(6))
+    ids[:, 0] = BOS
+    layers = model.base_model(ids, use_cache=True).past_key_values.layers
+    heads, widths = layers[0].keys.shape[1], (layers[0].keys.shape[3], layers[0].values.shape[3])
+    scales = KVScales(KVSpec(len(layers), heads, *widths))
+    for number, layer in enumerate(layers):
+        for part, states in (("key", layer.keys), ("value", layer.values)):
+            for bits in (8, 4):
+                own = kv_steps(states.transpose(1, 2).flatten(0, 1), bits)
+                getattr(scales, f"{part}_scale_{bits}")[number] = own
+    return scales
+
+
 @pytest.fixture
 def build() -> Callable[..., PreTrainedModel]:
     """build(family, **config): a float model."""
@@ -200,24 +227,32 @@ def store_of() -> Callable[..., PrefixStore]:
 
 @pytest.fixture
 def quantized() -> Callable[..., tuple[PreTrainedModel, Quantization]]:
-    """quantized(family, prefix=tokens or None, replaces_bos): a model of integers in memory, and its description."""
+    """quantized(family, prefix=tokens or None, replaces_bos, kv): an integer model in memory, and its description."""
 
     def make(
-        family: str = "llama", prefix: tuple[int, ...] | None = None, replaces_bos: bool = True, **changes: Any
+        family: str = "llama",
+        prefix: tuple[int, ...] | None = None,
+        replaces_bos: bool = True,
+        kv: bool = False,
+        **changes: Any,
     ) -> tuple[PreTrainedModel, Quantization]:
         model = BUILDERS[family](**changes)
         store = None if prefix is None else _store(model, prefix, replaces_bos, torch.float32)
         layers = _quantize(model, family)
         if store is not None:
             install_prefix(model, store)
+        scales = _steps(model) if kv else None
+        if scales is not None:
+            model.get_submodule("model.decoder" if family == "opt" else "model").add_module(KV_MODULE, scales)
         data = {
             "quant_method": "mergequant",
-            "format_version": "1.0",
+            "format_version": "1.1",
             "recipe": {"name": "by-hand", "steps": [{"round": {"bits": 4}}]},
             "layers": layers,
             "provenance": {"seed": 0},
             "figures": {"loss": 0.5},
             **({} if store is None else {"prefix": store.spec.to_dict()}),
+            **({} if scales is None else {"kv": scales.spec.to_dict()}),
         }
         return model, Quantization.from_dict(data)
 

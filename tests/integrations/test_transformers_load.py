@@ -43,7 +43,7 @@ def test_load_when_prefix_is_stored_gives_equal_logits(saved: Callable[..., Any]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_pretrained_when_registered_warns_of_nothing(family: str, saved: Callable[..., Any]) -> None:
-    _, folder = saved(family, prefix=(1,))
+    _, folder = saved(family, prefix=(1,), kv=True)
     register()
     register()
     messages: list[str] = []
@@ -67,7 +67,7 @@ def test_from_pretrained_when_registered_warns_of_nothing(family: str, saved: Ca
 def test_load_when_dtype_is_given_keeps_scales_in_float32(
     dtype: torch.dtype, saved: Callable[..., Any], ids: torch.Tensor
 ) -> None:
-    model, folder = saved("llama", prefix=(1,))
+    model, folder = saved("llama", prefix=(1,), kv=True)
     loaded = load(folder, dtype=dtype)
     want = dict(model.named_buffers())
     for name, buffer in loaded.named_buffers():
@@ -94,23 +94,26 @@ def test_load_when_dtype_is_left_out_takes_the_configs(saved: Callable[..., Any]
 
 @torch.no_grad()
 def test_auto_model_when_head_is_left_out_gives_hidden_states(saved: Callable[..., Any], ids: torch.Tensor) -> None:
-    model, folder = saved("llama_tied", prefix=(1,))
+    model, folder = saved("llama_tied", prefix=(1,), kv=True)
     body = AutoModel.from_pretrained(folder)
+    assert torch.equal(body.mergequant_kv.key_scale_8, model.model.mergequant_kv.key_scale_8)
     assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("kv", [False, True])
 @pytest.mark.parametrize(("family", "prefix"), [("llama", None), ("llama_tied", (1, 8)), ("opt", (1,))])
 @torch.no_grad()
 def test_save_pretrained_when_loaded_gives_equal_checkpoint(
-    family: str, prefix: tuple[int, ...] | None, saved: Callable[..., Any], ids: torch.Tensor, tmp_path: Path
+    family: str, prefix: tuple[int, ...] | None, kv: bool, saved: Callable[..., Any], ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    _, folder = saved(family, prefix=prefix)
+    _, folder = saved(family, prefix=prefix, kv=kv)
     loaded = load(folder)
     loaded.save_pretrained(tmp_path / "again")
     first, again = open_checkpoint(folder), open_checkpoint(tmp_path / "again")
     again.validate()
     assert again.config["quantization_config"] == first.config["quantization_config"]
     assert again.names() == first.names()
+    assert any("mergequant_kv.value_scale_4" in name for name in again.names()) == kv
     assert all(torch.equal(first.get(name), again.get(name)) for name in first.names())
     assert torch.equal(load(tmp_path / "again")(ids).logits, loaded(ids).logits)
 

@@ -12,6 +12,7 @@ from mergequant.cli.console import Progress
 from mergequant.cli.options import device_option, dtype_option, model_folder, seed_option
 from mergequant.errors import UsageError
 from mergequant.eval import load_model, load_tokenizer
+from mergequant.runtime import KV_BITS
 
 __all__ = ["generate", "prompt_tokens", "write_text"]
 
@@ -36,6 +37,11 @@ DEFAULT_TEMPERATURE = 0.8
 @seed_option
 @device_option
 @dtype_option
+@click.option(
+    "--kv",
+    type=click.Choice([str(bits) for bits in KV_BITS]),
+    help="Bits of cached keys and values on the fast loop (quantized models, a GPU). Default: 16.",
+)
 @click.option("--static-cache", is_flag=True, help="Reserve the key/value cache at once.")
 def generate(
     folder: str,
@@ -45,16 +51,21 @@ def generate(
     seed: int,
     device: str,
     dtype: torch.dtype | None,
+    kv: str | None,
     static_cache: bool,
 ) -> None:
-    """Continue PROMPT with the model in DIR, quantized or float, as it is written. `-` reads PROMPT from stdin."""
+    """Continue PROMPT with the model in DIR, quantized or float, as it is written. `-` reads PROMPT from stdin.
+
+    A quantized model on a GPU runs on the fast loop: fused kernels, decode steps as a CUDA graph. Where that is not
+    possible, a line says why.
+    """
     if prompt == "-":
         prompt = sys.stdin.read()
     with Progress() as progress:
         progress.phase("loading")
         place = model_folder(folder)
         tokenizer = load_tokenizer(place)
-        model: Any = load_model(place, device, dtype)
+        model: Any = load_model(place, device, dtype, serve=None, kv_bits=None if kv is None else int(kv))
     tokens = prompt_tokens(tokenizer, prompt)
     started = time.perf_counter()
     count = write_text(model, tokenizer, tokens, max_new_tokens, temperature, seed, static_cache)

@@ -1,6 +1,7 @@
-"""`load`: a checkpoint folder as a transformers model, with this project's errors."""
+"""`load`: a checkpoint folder as a transformers model, with this project's errors; on a GPU, on the fast loop."""
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,39 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergequant.checkpoint import open_checkpoint
-from mergequant.errors import CheckpointError
+from mergequant.errors import CheckpointError, UsageError
+from mergequant.integrations.transformers.serve import serve as serve_model
 
 __all__ = ["load"]
 
+LOG = logging.getLogger("mergequant")
+DEFAULT_KV_BITS = 16
+LEAST_CAPABILITY = (8, 0)  # of a GPU that the fast loop's kernels run on
 
-def load(folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    serve: bool | None = None,
+    kv_bits: int | None = None,
+) -> Any:
     """Load a quantized checkpoint for inference.
 
     Args:
         folder: what `mergequant quantize` or `save_pretrained` wrote.
         dtype: of hidden states, embeddings and head; None takes the one in the config. Scales stay float32.
         device: where the model goes.
+        serve: put `generate` on the fast loop (see `serve`). None: on a GPU; if the loop cannot run the model or has
+            no kernels for it, a warning of the logger `mergequant` says why, and transformers' way stays.
+        kv_bits: of the fast loop's cache: 16, 8 or 4. Giving it means serve=True; None: 16.
 
     Returns:
         A `PreTrainedModel` with `generate`, in evaluation mode.
 
     Raises:
+        UsageError: the fast loop was asked for and cannot run the model.
         VersionError: an unknown major version of the format.
         CheckpointError: the folder is missing, not ours, or breaks a rule of the format.
     """
@@ -37,7 +54,26 @@ def load(folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.
         )
     open_checkpoint(folder).names()  # reads the headers, before transformers meets a damaged one
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if serve or (serve is None and kv_bits is not None):
+        serve_model(model, kv_bits or DEFAULT_KV_BITS)
+    elif serve is None and model.device.type == "cuda":
+        try:
+            _require_kernels(model)
+            serve_model(model)
+        except UsageError as error:
+            LOG.warning("generate stays on transformers: %s", error)
+    return model
+
+
+def _require_kernels(model: Any) -> None:
+    """The fast loop runs anywhere, but is fast only where its kernels are."""
+    if torch.cuda.get_device_capability(model.device) < LEAST_CAPABILITY:
+        raise UsageError(
+            f"the kernels want a GPU of compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or newer"
+        )
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        raise UsageError(f"the kernels compute in bfloat16 and float16, the model in {model.dtype}")
 
 
 def _folders(parent: Path) -> list[str]:
