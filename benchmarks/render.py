@@ -3,8 +3,8 @@
     python benchmarks/render.py            # rewrite the tables in docs/results.md
     python benchmarks/render.py --check    # exit 1 if the document and the runs disagree
 
-The document holds markers `<!-- KIND:FILE -->` and `<!-- end -->`, KIND being accuracy, goals, linear or quantize; what
-stands between them is made here and is not edited by hand.
+The document holds markers `<!-- KIND:FILE -->` and `<!-- end -->`, KIND being a key of `MAKERS`; what stands between
+them is made here and is not edited by hand. The runs of `mergequant bench` are made by `benchmarks/gpu.sh`.
 """
 
 import argparse
@@ -55,15 +55,21 @@ def table(runs: dict[str, Any]) -> str:
         top = " / ".join(_of_model(own, model, texts[0], "top1_agreement", "{:.1%}") for model in models)
         bits = statistics.mean(row["linear_bits_per_parameter"] for row in own)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {kl} | {top} | {bits:.2f} |")
+    return "\n".join([*lines, "", _protocol(runs, models, texts)]) + "\n"
+
+
+def _protocol(runs: dict[str, Any], models: list[str], texts: list[str]) -> str:
+    """How and where the figures of a table were made."""
     machine = ", ".join(f"{key} {value}" for key, value in runs["machine"].items())
-    seeds = len({row["seed"] for row in rows})
-    lines += [
-        "",
-        f"D in nats, mean of {seeds} calibration seeds ± half of highest minus lowest. KL and top-1 agreement on "
-        f"{texts[0]}, {' / '.join(models)}. Calibration: {runs['protocol']['calibration']}. Evaluation: "
-        f"{runs['protocol']['evaluation']}. Made by `{runs['command']}` on {machine}.",
-    ]
-    return "\n".join(lines) + "\n"
+    seeds = len({row["seed"] for row in runs["rows"]})
+    spread = (
+        f"mean of {seeds} calibration seeds ± half of highest minus lowest" if seeds > 1 else "one calibration seed"
+    )
+    return (
+        f"D in nats, {spread}. KL and top-1 agreement on {texts[0]}, {' / '.join(models)}. Calibration: "
+        f"{runs['protocol']['calibration']}. Evaluation: {runs['protocol']['evaluation']}. Made by `{runs['command']}` "
+        f"on {machine}."
+    )
 
 
 def _of_model(rows: list[dict[str, Any]], model: str, text: str, key: str, form: str) -> str:
@@ -74,6 +80,8 @@ def _of_model(rows: list[dict[str, Any]], model: str, text: str, key: str, form:
 def _mean_and_spread(values: list[float]) -> str:
     if not values:
         return "-"
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
 
 
@@ -94,6 +102,29 @@ def goals(runs: dict[str, Any]) -> str:
             cells.append(f"{reached:.4f} ({met[-1] if met else 'missed'})")
         lines.append(f"| {label} | " + " | ".join([*shown, *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def kv(runs: dict[str, Any]) -> str:
+    """D by the width of cached keys and values."""
+    rows = runs["rows"]
+    models = sorted({row["model"] for row in rows})
+    texts = list(rows[0]["eval"])
+    head = [f"{model}, {text}" for model in models for text in texts]
+    lines = ["| recipe | keys and values | " + " | ".join([*head, "KL", "top-1"]) + " |"]
+    lines.append("|---" * (len(head) + 4) + "|")
+    for label in runs["order"]:
+        for bits in sorted({row["kv_bits"] for row in rows}, reverse=True):
+            own = [row for row in rows if (row["label"], row["kv_bits"]) == (label, bits)]
+            cells = [
+                _mean_and_spread([row["eval"][text]["d"] for row in own if row["model"] == model])
+                for model in models
+                for text in texts
+            ]
+            cells.append(" / ".join(_of_model(own, model, texts[0], "kl_mean", "{:.4f}") for model in models))
+            cells.append(" / ".join(_of_model(own, model, texts[0], "top1_agreement", "{:.1%}") for model in models))
+            width = f"{bits} bits" if bits < 16 else "float"
+            lines.append(f"| {label} | {width} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _protocol(runs, models, texts)]) + "\n"
 
 
 def linear(runs: dict[str, Any]) -> str:
@@ -122,20 +153,185 @@ def quantize(runs: dict[str, Any]) -> str:
     )
 
 
+# Figures of `mergequant bench`, by what is compared: to accept, to aim for, and beyond.
+SPEED_GOALS: tuple[tuple[str, dict[str, Any], str, tuple[float, float, float]], ...] = (
+    ("GEMM, 2048 rows and more, sustained TOPS", {"phase": "gemm", "mode": "sustained"}, "tops", (1300, 1500, 1650)),
+    ("GEMM at 128 to 512 rows, against fp8", {"phase": "gemm", "batch": (128, 256, 512)}, "vs_fp8", (1.0, 1.2, 1.4)),
+    ("prefill 1 x 2048, against bf16", {"phase": "prefill", "batch": 1, "context": 2048}, "vs_bf16", (1.9, 2.2, 2.35)),
+    ("prefill 1 x 2048, against fp8", {"phase": "prefill", "batch": 1, "context": 2048}, "vs_fp8", (1.15, 1.3, 1.4)),
+    (
+        "decode 1 x 2048, kv8 or kv4, against bf16",
+        {"phase": "decode", "batch": 1, "kv": (8, 4)},
+        "vs_bf16",
+        (2.5, 2.9, 3.7),
+    ),
+    (
+        "decode 1 x 2048, kv8 or kv4, against fp8",
+        {"phase": "decode", "batch": 1, "kv": (8, 4)},
+        "vs_fp8",
+        (2.1, 2.4, 3.1),
+    ),
+    ("decode 16 x 2048, kv4, against bf16", {"phase": "decode", "batch": 16, "kv": 4}, "vs_bf16", (2.5, 3.0, 3.5)),
+    (
+        "decode 64 x 2048, kv4, against bf16",
+        {"phase": "decode", "batch": 64, "context": 2048, "kv": 4},
+        "vs_bf16",
+        (2.5, 3.0, 3.4),
+    ),
+    ("end to end 16 x (1024 + 256), kv4, against bf16", {"phase": "e2e", "batch": 16}, "vs_bf16", (2.1, 2.5, 2.9)),
+    ("weights, times smaller than bf16", {"phase": "memory", "what": "weights"}, "vs_bf16", (3.5, 3.5, 3.85)),
+    (
+        "peak memory at 16 x 2048, kv4, times smaller than bf16",
+        {"phase": "memory", "what": "peak", "batch": 16, "kv": 4},
+        "vs_bf16",
+        (3.3, 3.5, 3.85),
+    ),
+)
+LOWEST_COUNTS = ("gemm",)  # phases in which a goal is for every layer; elsewhere one row (or the better cache) counts
+CEILINGS = {
+    "read_tb_s": "read, several GB, TB/s",
+    "launch_us": "kernel that does nothing, in a CUDA graph, us",
+    "int8_burst_tops": "int8 wgmma, burst, TOPS",
+    "int8_sustained_tops": "int8 wgmma, sustained, TOPS",
+    "bf16_burst_tops": "bf16 cuBLAS 8192^3, burst, TFLOPS",
+    "bf16_sustained_tops": "bf16 cuBLAS 8192^3, sustained, TFLOPS",
+    "fp8_burst_tops": "fp8 cuBLAS 8192^3, burst, TFLOPS",
+    "fp8_sustained_tops": "fp8 cuBLAS 8192^3, sustained, TFLOPS",
+}
+Row = dict[str, Any]
+
+
+def speed_goals(run: dict[str, Any]) -> str:
+    """What was aimed for before, and what was reached."""
+    lines = ["| | accept | target | stretch | reached |", "|---|---|---|---|---|"]
+    for name, wanted, key, levels in SPEED_GOALS:
+        own = [row for row in _select(run, {"scheme": "w4a8", **wanted}) if row[key] is not None]
+        shown = "not measured"
+        if own:
+            values = sorted(row[key] for row in own)
+            reached = values[0] if wanted["phase"] in LOWEST_COUNTS else values[-1]
+            met = [level for level, bound in zip(("accept", "target", "stretch"), levels) if reached >= bound]
+            extent = (
+                f"{_plain(values[0])} to {_plain(values[-1])}" if reached == values[0] < values[-1] else _plain(reached)
+            )
+            shown = f"{extent} ({met[-1] if met else 'missed'})"
+        lines.append(f"| {name} | " + " | ".join([*map(_plain, levels), shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ceilings(run: dict[str, Any]) -> str:
+    """What the machine did at best, in the same run, and where it ran."""
+    found = run["ceilings"]
+    lines = ["| ceiling | |", "|---|---|"]
+    lines += [f"| {text} | {_plain(found[key])} |" for key, text in CEILINGS.items() if key in found]
+    sizes = ", ".join(f"{rate:.2f} at {size} MB" for size, rate in found["read_tb_s_by_mb"].items())
+    lines.append(f"| read, one kernel, TB/s | {sizes} |")
+    versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items() if value)
+    clocks = "; ".join(
+        f"{when} {now['sm_mhz']:.0f} MHz, {now['watts']:.0f} W, {now['celsius']:.0f} °C"
+        for when, now in run["device"]["clocks"].items()
+        if now and None not in now.values()
+    )
+    where = f"{run['device']['name']}, power limit {_plain(run['device']['power_limit_watts'])} W; clocks {clocks}"
+    return "\n".join([*lines, "", f"`{run['command']}` on {where}; {versions}; {run['seconds']:.0f} s."]) + "\n"
+
+
+def speed(phase: str) -> Callable[[dict[str, Any]], str]:
+    """Maker of the table of a phase: schemes of a cell under one another."""
+
+    def make(run: dict[str, Any]) -> str:
+        rate = {"prefill": "TOPS", "decode": "GB/s", "e2e": "tokens/s"}[phase]
+        lines = [
+            f"| sequences x tokens | scheme | ms | {rate} | vs bf16 | vs fp8 | of ceiling | spread |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in _select(run, {"phase": phase}):
+            new = f" + {row['new_tokens']}" if row["new_tokens"] else ""
+            done = row["batch"] * (row["new_tokens"] or 0) / row["ms"] * 1e3
+            value = {"prefill": row["tops"], "decode": row["gb_s"], "e2e": done}[phase]
+            cells = [f"{row['batch']} x {row['context']}{new}", f"{row['scheme']} kv{row['kv']}", _plain(row["ms"])]
+            lines.append("| " + " | ".join([*cells, f"{value:,.0f}", *_ratios(row), f"{row['spread']:.1%}"]) + " |")
+        return "\n".join(lines) + "\n"
+
+    return make
+
+
+def gemm(run: dict[str, Any]) -> str:
+    """One line per layer and number of rows: our time, and how it compares."""
+    lines = [
+        "| layer | rows | mode | w4a8 us | TOPS | GB/s | of ceiling | vs bf16 | vs fp8 | w8a8 vs bf16 | vs fp8 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _select(run, {"phase": "gemm", "scheme": "w4a8"}):
+        where = {key: row[key] for key in ("phase", "what", "batch", "mode")}
+        wide = _select(run, {**where, "scheme": "w8a8"})
+        cells = [row["what"], str(row["batch"]), row["mode"], _plain(row["ms"] * 1e3), f"{row['tops']:,.0f}"]
+        both = _ratios(row)
+        other = _ratios(wide[0])[:2] if wide else ["-", "-"]
+        lines.append("| " + " | ".join([*cells, f"{row['gb_s']:,.0f}", both[2], *both[:2], *other]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def memory(run: dict[str, Any]) -> str:
+    """Weights, cache and peak of each scheme, alone on the device."""
+    lines = ["| | scheme | GB | vs bf16 | vs fp8 |", "|---|---|---|---|---|"]
+    for row in _select(run, {"phase": "memory"}):
+        where = row["what"] if row["batch"] is None else f"{row['what']}, {row['batch']} x {row['context']}"
+        scheme = row["scheme"] if row["kv"] is None else f"{row['scheme']} kv{row['kv']}"
+        lines.append("| " + " | ".join([where, scheme, f"{row['gb']:.2f}", *_ratios(row)[:2]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def notes(run: dict[str, Any]) -> str:
+    """What the run itself says about its figures."""
+    return "".join(f"- {note}\n" for note in run["notes"]) or "None.\n"
+
+
+def _select(run: dict[str, Any], wanted: dict[str, Any]) -> list[Row]:
+    """Rows whose values are as wanted; a tuple allows several."""
+    return [
+        row
+        for row in run["rows"]
+        if all(row[key] in value if isinstance(value, tuple) else row[key] == value for key, value in wanted.items())
+    ]
+
+
+def _ratios(row: Row) -> list[str]:
+    shown = [("-" if row[key] is None else f"{row[key]:.2f}x") for key in ("vs_bf16", "vs_fp8")]
+    return [*shown, "-" if row["percent_of_ceiling"] is None else f"{row['percent_of_ceiling']:.0f}%"]
+
+
+def _plain(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": table,
     "goals": goals,
+    "kv": kv,
     "linear": linear,
     "quantize": quantize,
+    "speed_goals": speed_goals,
+    "ceilings": ceilings,
+    "prefill": speed("prefill"),
+    "decode": speed("decode"),
+    "e2e": speed("e2e"),
+    "gemm": gemm,
+    "memory": memory,
+    "notes": notes,
 }
+NOT_RUN = "Not measured yet; `benchmarks/gpu.sh` makes the run on a machine with a GPU.\n"
 
 
 def rendered(document: str) -> str:
     """The document with all tables made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        runs = json.loads((RESULTS / match[3]).read_text())
-        return match[1] + MAKERS[match[2]](runs) + match[4]
+        path = RESULTS / match[3]
+        made = MAKERS[match[2]](json.loads(path.read_text())) if path.is_file() else NOT_RUN
+        return match[1] + made + match[4]
 
     return SECTION.sub(replace, document)
 

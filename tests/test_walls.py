@@ -14,11 +14,12 @@ FLOORS = [
     {"grids"},
     {"ops"},
     {"nn", "models", "data", "transforms", "solvers"},
+    {"runtime"},
     {"checkpoint", "calibration"},
     {"steps"},
     {"recipes"},
     {"pipeline"},
-    {"integrations", "eval"},
+    {"integrations", "eval", "bench"},
     {"__init__"},  # the public face
     {"cli"},
     {"__main__"},
@@ -29,9 +30,9 @@ DOORS = {
     ("eval/evaluate.py", "integrations"),
     ("pipeline/run.py", "integrations"),
 }
-SERVING = ("nn", "ops", "grids", "checkpoint")  # what a server needs, and what it must never pull in:
+SERVING = ("nn", "ops", "grids", "checkpoint", "runtime")  # what a server needs, and what it must never pull in:
 MAKING = {"calibration", "solvers", "transforms", "steps", "recipes", "pipeline", "data", "models"}
-TENSORS_ONLY = ("transforms", "solvers", "grids", "ops")
+TENSORS_ONLY = ("transforms", "solvers", "grids", "ops", "runtime")
 ROOF = 600
 
 

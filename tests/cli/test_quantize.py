@@ -19,7 +19,13 @@ def test_quantize_writes_checkpoint_and_summary(run: Any, texts: tuple[Path, Pat
     out = tmp_path / "my model"
     result = run(*COMMAND, "--data", texts[0], "--out", out, "--json", report)
     assert result.exit_code == 0, result.output
-    for words in ("bits per parameter", "largest error", f"mergequant eval '{out}' --against tiny", "generate"):
+    for words in (
+        "bits per parameter",
+        "largest error",
+        "static steps per channel for 8 and 4 bits",
+        f"mergequant eval '{out}' --against tiny",
+        "generate",
+    ):
         assert words in result.stdout
     assert "block 6 of 6" in result.stderr
     written = json.loads(report.read_text())

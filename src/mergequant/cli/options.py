@@ -14,9 +14,11 @@ from mergequant.models.skeleton import local_folder
 from mergequant.steps import near_name
 
 __all__ = [
+    "BUNDLED",
     "bos_option",
     "data_option",
     "device_option",
+    "device_option_with",
     "dtype_option",
     "json_option",
     "model_folder",
@@ -55,9 +57,15 @@ def _dtype(context: click.Context, parameter: click.Parameter, value: str | None
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-device_option = click.option(
-    "--device", callback=_device, metavar="[cpu|cuda]", default="cpu", show_default=True, help="What computes."
-)
+
+def device_option_with(default: str) -> Decorator:
+    """`--device`."""
+    return click.option(
+        "--device", callback=_device, metavar="[cpu|cuda]", default=default, show_default=True, help="What computes."
+    )
+
+
+device_option = device_option_with("cpu")
 dtype_option = click.option(
     "--dtype", callback=_dtype, metavar=f"[{'|'.join(DTYPES)}]", help="Of hidden states. Default: as saved."
 )

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 import mergequant
+from mergequant.cli.bench import bench
 from mergequant.cli.console import INTERRUPTED, quiet_libraries
 from mergequant.cli.demo import demo
 from mergequant.cli.eval import eval_command
@@ -75,5 +76,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (quantize, eval_command, generate, recipes, demo):
+for command in (quantize, eval_command, generate, bench, recipes, demo):
     main.add_command(command)
