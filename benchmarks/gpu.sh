@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of `mergequant bench` that docs/results.md quotes, on one NVIDIA H200: about six minutes of GPU time.
+# The runs of `mergequant bench` that docs/results.md quotes, on one NVIDIA H200: about five minutes of GPU time.
 #
 #     benchmarks/gpu.sh               # the two of the document
 #     benchmarks/gpu.sh qwen3-8b      # one shape
@@ -23,3 +23,5 @@ for shape in "$@"; do
     # shellcheck disable=SC2086  # options are words
     "$python" -m mergequant bench "$shape" ${options[$shape]} --json "benchmarks/results/bench_$shape.json" | sed '$d'
 done
+"$python" benchmarks/tune_elementwise.py --json benchmarks/results/elementwise.json
+"$python" benchmarks/tune_kv.py --json benchmarks/results/kv_attention.json

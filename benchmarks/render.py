@@ -198,6 +198,36 @@ CEILINGS = {
     "fp8_burst_tops": "fp8 cuBLAS 8192^3, burst, TFLOPS",
     "fp8_sustained_tops": "fp8 cuBLAS 8192^3, sustained, TFLOPS",
 }
+MEASURED_PRODUCTS = {"phase": "gemm", "batch": 2048, "mode": "sustained"}
+# Ops of tune_elementwise.py that differ by where the step comes from.
+ELEMENTWISE = {
+    "norm, static": "norm, static step",
+    "norm, dynamic, one kernel": "norm, step of a token, one kernel",
+    "norm, dynamic, two kernels": "norm, step of a token, two kernels",
+    "silu_mul, static": "SwiGLU, static step",
+    "silu_mul, dynamic": "SwiGLU, step of a token",
+    "hadamard, static": "Hadamard, static step",
+    "hadamard, dynamic": "Hadamard, step of a token",
+}
+LAYERS = 32  # of Llama-2-7B
+_SAVED = {
+    ("norm, dynamic, one kernel", 4096): 2,
+    ("norm, static", 4096): -2,
+    ("hadamard, dynamic", 4096): 1,
+    ("hadamard, static", 4096): -1,
+    ("hadamard, dynamic", 11008): 1,
+    ("hadamard, static", 11008): -1,
+}
+_ROTATED = {("hadamard, static", 4096): 1, ("hadamard, static", 11008): 1, ("silu_mul", 11008): 1}
+# Sums over the ops of a layer, by tokens: (op, width) and how often it is added.
+DIFFERENCES: dict[str, dict[int, dict[tuple[str, int], int]]] = {
+    "a step for each token, fused into norm and rotation, instead of static ones": dict.fromkeys((1, 2048), _SAVED),
+    # Without rotation decode attention makes o's codes itself; after a prompt's attention `static_quant` does.
+    "the online Hadamards of o and down, and SwiGLU in a kernel of its own": {
+        1: _ROTATED,
+        2048: {**_ROTATED, ("static_quant", 4096): -1},
+    },
+}
 Row = dict[str, Any]
 
 
@@ -282,6 +312,79 @@ def memory(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bound(run: dict[str, Any]) -> str:
+    """How much faster than bf16 a prefill of 1 x 2048 could be if nothing but products and attention took time."""
+    tokens, shape, found = 2048, run["shape"], run["ceilings"]
+    rows = _select(run, {"phase": "prefill", "batch": 1, "context": tokens, "scheme": "w4a8"})
+    if not rows:
+        return "The run has no prefill of 1 x 2048.\n"
+    products = rows[0]["tops"] * rows[0]["ms"] / 1e3  # 10^12 operations of the linear layers
+    attention = 2 * tokens**2 * shape["heads"] * shape["head_width"] * shape["layers"] / 1e12
+    lines = ["| products at | bf16 ms | w4a8 ms | ratio |", "|---|---|---|---|"]
+    for mode, title in (("burst", "the ceilings, burst"), ("sustained", "the ceilings, sustained")):
+        floats = found[f"bf16_{mode}_tops"]
+        both = [1e3 * (products / rate + attention / floats) for rate in (floats, found[f"int8_{mode}_tops"])]
+        lines.append(_bound_line(title, *both))
+    apart = [
+        shape["layers"] * sum(row["ms"] for row in _select(run, {**MEASURED_PRODUCTS, "scheme": scheme}))
+        for scheme in ("bf16", "w4a8")
+    ]
+    if all(apart):
+        rest = 1e3 * attention / found["bf16_sustained_tops"]
+        lines.append(_bound_line("the rates of the GEMMs below, sustained", *(rest + ms for ms in apart)))
+    lines.append(_bound_line("the whole prefill, measured", rows[0]["ms"] * rows[0]["vs_bf16"], rows[0]["ms"]))
+    return "\n".join(lines) + "\n"
+
+
+def _bound_line(title: str, floats: float, integers: float) -> str:
+    return f"| {title} | {_plain(floats)} | {_plain(integers)} | {floats / integers:.2f}x |"
+
+
+def elementwise(runs: dict[str, Any]) -> str:
+    """Microseconds of ops with a static step, and with one for each token."""
+    times = {(row["op"], row["width"], row["tokens"]): row["us"] for row in runs["rows"]}
+    tokens = sorted({count for _, _, count in times})
+    lines = ["| us, at so many tokens | " + " | ".join(map(str, tokens)) + " |", "|---" * (len(tokens) + 1) + "|"]
+    for op, title in ELEMENTWISE.items():
+        for width in sorted({wide for name, wide, _ in times if name == op}):
+            cells = [_plain(times.get((op, width, count))) for count in tokens]
+            lines.append(f"| {title}, {width} | " + " | ".join(cells) + " |")
+    lines += ["", "Summed over the 32 layers of Llama-2-7B, from rows of this run:", ""]
+    for title, terms in DIFFERENCES.items():
+        sums = [
+            f"{LAYERS / 1e3 * sum(count * times[*op, rows] for op, count in terms[rows].items()):.2f} ms at {rows}"
+            for rows in terms
+            if all((*op, rows) in times for op in terms[rows])
+        ]
+        lines.append(f"- {title}: {', '.join(sums) or 'not measured'}.")
+    versions = ", ".join(f"{key} {value}" for key, value in runs["versions"].items())
+    command = COMMANDS["elementwise.json"]
+    return "\n".join([*lines, "", f"`{command}` on {runs['device']}; {versions}."]) + "\n"
+
+
+def attention(runs: dict[str, Any]) -> str:
+    """Decode attention by width of the cache, in the division that the package chooses, beside cuDNN on bf16."""
+    lines = [
+        "| heads | sequences x positions | cuDNN, bf16, us | own, 16 bits | 8 bits, us | TB/s | vs cuDNN "
+        "| 4 bits, us | TB/s | vs cuDNN |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in runs["rows"]:
+        floats = row["16"]
+        cells = [row["kind"], f"{row['batch']} x {row['context']}", _plain(floats["cudnn"])]
+        cells.append(_plain(floats.get(floats["chosen"])))
+        for bits in ("8", "4"):
+            own = row[bits]
+            time = own.get(own["chosen"])
+            if time is None:
+                cells += ["-"] * 3
+            else:
+                cells += [_plain(time), f"{own['bytes'] / time / 1e6:.2f}", f"{floats['cudnn'] / time:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    command = COMMANDS["kv_attention.json"]
+    return "\n".join([*lines, "", f"`{command}` on {runs['device']}, torch {runs['torch']}."]) + "\n"
+
+
 def notes(run: dict[str, Any]) -> str:
     """What the run itself says about its figures."""
     return "".join(f"- {note}\n" for note in run["notes"]) or "None.\n"
@@ -321,8 +424,15 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "memory": memory,
     "notes": notes,
+    "bound": bound,
+    "elementwise": elementwise,
+    "attention": attention,
 }
-NOT_RUN = "Not measured yet; `benchmarks/gpu.sh` makes the run on a machine with a GPU.\n"
+NOT_RUN = "Not measured yet; `{}` makes the run on a machine with a GPU.\n"
+COMMANDS = {  # that make a run, by its file; `mergequant bench` has a script
+    "elementwise.json": "python benchmarks/tune_elementwise.py --json benchmarks/results/elementwise.json",
+    "kv_attention.json": "python benchmarks/tune_kv.py --json benchmarks/results/kv_attention.json",
+}
 
 
 def rendered(document: str) -> str:
@@ -330,7 +440,8 @@ def rendered(document: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         path = RESULTS / match[3]
-        made = MAKERS[match[2]](json.loads(path.read_text())) if path.is_file() else NOT_RUN
+        not_run = NOT_RUN.format(COMMANDS.get(match[3], "benchmarks/gpu.sh"))
+        made = MAKERS[match[2]](json.loads(path.read_text())) if path.is_file() else not_run
         return match[1] + made + match[4]
 
     return SECTION.sub(replace, document)

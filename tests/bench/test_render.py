@@ -85,6 +85,49 @@ PARTS = {
 }
 
 
+def test_bound_of_a_prefill_comes_from_the_rates_of_the_run(render: ModuleType, run: dict[str, Any]) -> None:
+    run["shape"] |= {"layers": 32, "heads": 32, "head_width": 128}
+    lines = render.bound(run).splitlines()
+    products, attention = 1270e12 * 20.9e-3, 2 * 2048**2 * 4096 * 32
+    floats, integers = ((products / rate + attention / 661e12) * 1e3 for rate in (661e12, 1850e12))
+    assert f"| the ceilings, sustained | {floats:.4g} | {integers:.4g} | {floats / integers:.2f}x |" in lines
+    assert "| the whole prefill, measured | 45.14 | 20.9 | 2.16x |" in lines
+    assert not any("GEMMs below" in line for line in lines)  # the run has no bf16 products
+    assert "no prefill" in render.bound({**run, "rows": []})
+
+
+def test_elementwise_ops_stand_by_tokens(render: ModuleType) -> None:
+    times = {
+        ("norm, static", 4096): 1.0,
+        ("norm, dynamic, one kernel", 4096): 1.5,
+        ("hadamard, static", 4096): 1.25,
+        ("hadamard, dynamic", 4096): 2.0,
+        ("hadamard, static", 11008): 3.0,
+        ("hadamard, dynamic", 11008): 5.0,
+        ("silu_mul", 11008): 0.75,
+        ("static_quant", 4096): 0.5,
+    }
+    rows = [{"op": op, "width": wide, "tokens": n, "us": n * us} for (op, wide), us in times.items() for n in (1, 2048)]
+    rows.append({"op": "norm, static", "width": 4096, "tokens": 16, "us": 1.125})
+    text = render.elementwise({"device": "a GPU", "versions": {"torch": "2.11.0"}, "rows": rows})
+    assert "| us, at so many tokens | 1 | 16 | 2048 |" in text
+    assert "| norm, static step, 4096 | 1 | 1.125 | 2,048 |" in text
+    assert "| Hadamard, step of a token, 11008 | 5 | - | 10,240 |" in text
+    assert "silu_mul" not in text
+    saved, rotated = 32 * (2 * 0.5 + 0.75 + 2.0) / 1e3, 32 * (1.25 + 3.0 + 0.75) / 1e3
+    assert f"instead of static ones: {saved:.2f} ms at 1, {saved * 2048:.2f} ms at 2048." in text
+    assert f"of its own: {rotated:.2f} ms at 1, {(rotated - 32 * 0.5 / 1e3) * 2048:.2f} ms at 2048." in text
+
+
+def test_attention_shows_the_chosen_division(render: ModuleType) -> None:
+    floats = {"cudnn": 14.0, "triton 8": 15.0, "triton 16": 13.0, "chosen": "triton 16", "bytes": 4}
+    eight = {"8x2/8": 7.0, "4x8/8": 11.0, "chosen": "8x2/8", "bytes": 14_000_000}
+    four = {"4x8/8": 6.0, "chosen": "9x9/9", "bytes": 8}
+    row = {"kind": "gqa", "batch": 4, "context": 2048, "16": floats, "8": eight, "4": four}
+    text = render.attention({"device": "a GPU", "torch": "2.11.0", "rows": [row]})
+    assert "| gqa | 4 x 2048 | 14 | 13 | 7 | 2.00 | 2.00x | - | - | - |" in text
+
+
 def test_run_that_was_not_made_is_named_as_such(
     render: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -61,7 +61,7 @@ def test_eval_on_calibration_text_exits_1(run: Any, checkpoint: Path, texts: tup
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--data"),
+        ([], "--data is missing"),
         (["--data", "self"], "--samples"),
         (["--data", "self", "--samples", "0"], "--samples"),
         (["--data", "self", "--samples", "1", "--seqlen", "5000"], "2048"),

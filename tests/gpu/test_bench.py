@@ -128,6 +128,7 @@ def test_captured_jobs_repeat_the_same_step_and_generate_what_steps_would() -> N
 
 
 def test_ceilings_are_plausible() -> None:
+    """Rates of a GPU that no other process uses: run this file without other workers."""
     found = measure_ceilings(CUDA, fp8=torch.cuda.get_device_capability() >= (8, 9))
     print(found.to_dict())
     assert 0.1 < found.read < 20
@@ -164,8 +165,7 @@ def test_every_phase_measures_every_scheme(shape: DecoderShape) -> None:
     # Without its CUDA kernels mergequant would still run: the rows have to say what ran.
     if torch.cuda.get_device_capability() == (9, 0):
         assert all("tiled_linear (cuda)" in row.kernels for row in report.rows if row.scheme == "w4a8" and row.ms)
-    peak = rows["memory", "w4a8", 4, "peak", 2, None]
-    assert peak.gb is not None
-    assert peak.vs_bf16 is not None
-    assert peak.vs_bf16 > 1
+    # At this size workspaces outweigh weights and caches, so the peak only has to be there.
+    assert rows["memory", "w4a8", 4, "peak", 2, None].vs_bf16 is not None
+    assert rows["memory", "w4a8", 4, "cache", 2, None].vs_bf16 == 4
     assert not [note for note in found["notes"] if "fell back" in note]

@@ -41,7 +41,7 @@ def _compiled() -> None:
     for width in (64, 128):
         for bits in (4, 8):
             for group in (1, 2, 4, 8):
-                units.append((kv.append_unit(width, group, bits, torch.bfloat16), kv.APPEND))
+                units += [(kv.append_unit(width, group, bits, torch.bfloat16, one), kv.APPEND) for one in (True, False)]
                 for prefix in (False, True):
                     for warps, resident in {
                         (d.warps, d.resident) for d in kv.configurations(width, group, bits, prefix)

@@ -19,6 +19,7 @@ from mergequant.cli.options import (
     seed_option,
     seqlen_option,
 )
+from mergequant.errors import UsageError
 from mergequant.eval import FLOAT_KV_BITS, KV_CHOICES
 
 __all__ = ["eval_command"]
@@ -54,7 +55,7 @@ __all__ = ["eval_command"]
 def eval_command(
     model: str,
     against: str | None,
-    data: str,
+    data: str | None,
     samples: int | None,
     seqlen: int,
     stride: int | None,
@@ -72,6 +73,10 @@ def eval_command(
 
     Refuses data that overlaps what A was calibrated on.
     """
+    if data is None:
+        raise UsageError(
+            "--data is missing: say what text to measure on, a .txt file or folder, hf:NAME, or self with --against"
+        )
     output = Output(json_out)
     first, second = model_folder(model), model_folder(against) if against is not None else None
     start: bool | Literal["auto"] = "auto" if bos is None else bos

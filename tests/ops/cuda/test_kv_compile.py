@@ -49,11 +49,11 @@ def test_attention_when_compiled_expect_tensor_core_and_no_spills(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize(("width", "group"), [(128, 1), (64, 8)])
+@pytest.mark.parametrize(("width", "group", "one"), [(128, 1, True), (128, 4, False), (64, 8, False)])
 def test_append_when_compiled_expect_no_spills_and_no_fused_products(
-    width: int, group: int, bits: int, dtype: torch.dtype
+    width: int, group: int, one: bool, bits: int, dtype: torch.dtype
 ) -> None:
-    compiled = compiler.compile_unit(kv.append_unit(width, group, bits, dtype), TARGET)
+    compiled = compiler.compile_unit(kv.append_unit(width, group, bits, dtype, one), TARGET)
     assert report(compiled.log)["spilled"] == 0, compiled.log
     assert "fma.rn.f32" not in compiled.ptx, "a fused multiply-add rounds otherwise than the reference"
     assert "mul.rn.f32" in compiled.ptx

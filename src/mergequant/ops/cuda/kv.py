@@ -14,7 +14,7 @@ from mergequant.ops.overlap import overlaps
 __all__ = ["Division", "append", "append_unit", "attend", "attention_unit", "choose", "configurations"]
 
 APPEND, ATTENTION = "kv_append", "kv_attention"  # kernels, and stems of their sources
-APPEND_THREADS = 128
+FEW_APPEND_THREADS, MANY_APPEND_THREADS = 128, 512  # for one token in a row, and for more
 APPEND_SLOTS = 32  # of a block
 CHUNK_BYTES = 4096  # of keys, and of values, that a warp takes at once
 MOST_CHUNK = 64  # slots
@@ -42,12 +42,24 @@ class Division:
     resident: int
 
 
-def append_unit(width: int, group: int, bits: int, dtype: torch.dtype) -> Unit:
-    """The append kernel for heads of `width` channels, `group` query heads per key head."""
+def append_unit(width: int, group: int, bits: int, dtype: torch.dtype, one: bool) -> Unit:
+    """The append kernel for heads of `width` channels, `group` query heads per key head; `one`: one token in a row."""
     return Unit(
         f"{APPEND}.cu",
-        (("MQ_HEAD", width), ("MQ_BITS", bits), ("MQ_GROUP", group), ("MQ_FLOAT16", int(dtype == torch.float16))),
+        (
+            ("MQ_HEAD", width),
+            ("MQ_BITS", bits),
+            ("MQ_GROUP", group),
+            ("MQ_FLOAT16", int(dtype == torch.float16)),
+            ("MQ_ONE", int(one)),
+            ("MQ_THREADS", append_threads(width, bits, one)),
+        ),
     )
+
+
+def append_threads(width: int, bits: int, one: bool) -> int:
+    """Threads of a block of the append kernel: no more than there are words of a group of slots to write."""
+    return FEW_APPEND_THREADS if one else min(MANY_APPEND_THREADS, width * bits)
 
 
 def attention_unit(
@@ -125,12 +137,12 @@ def append(
     """`kv_append` into given outputs; arguments as the op's, checked by it."""
     rows, tokens, heads, width = q.shape
     key_heads, capacity = key_cache.shape[1:3]
-    unit = append_unit(width, heads // key_heads, bits, qkv.dtype)
+    unit = append_unit(width, heads // key_heads, bits, qkv.dtype, tokens == 1)
     # Tokens start anywhere in a group of slots, so they may touch one group more than they fill.
     groups = (tokens + APPEND_SLOTS - 2) // APPEND_SLOTS + 1
     kernel(unit, APPEND, qkv.device).launch(
         (key_heads, groups, rows),
-        APPEND_THREADS,
+        append_threads(width, bits, tokens == 1),
         (
             qkv,
             cos,

@@ -11,6 +11,10 @@
 // 4-bit values of different tokens share bytes (../kv_layout.py). So each byte has one writer. Codes go to shared memory
 // first, then words of the cache are put together from there; words that also hold older tokens are fetched at the start
 // and keep those tokens' bits.
+//
+// A decode step (MQ_ONE) waits for memory three times in a row at most: for lengths and the token's vectors together, for
+// the rotation and the old words, and at the end. With many tokens a block has more threads, and each has its next vector
+// on its way while it works on one.
 #include "mma.cuh"
 
 constexpr int HEAD = MQ_HEAD;         // channels of a head: 64 or 128
@@ -18,7 +22,10 @@ constexpr int BITS = MQ_BITS;         // 4 or 8: quantized caches; 16: caches of
 constexpr int GROUP = MQ_GROUP;       // query heads of a key head
 constexpr bool FLOAT16 = MQ_FLOAT16;  // qkv, q, k are float16, else bfloat16
 
-constexpr int THREADS = 128;
+constexpr bool ONE = MQ_ONE;          // one new token in every row
+constexpr int THREADS = MQ_THREADS;   // a multiple of LINE
+
+constexpr int LINE = 128;                          // words of a 16-byte load of a warp, in which the cache is laid out
 constexpr int SLOTS = 32;                          // of a block
 constexpr int HALF = HEAD / 2;
 constexpr int VECTORS = GROUP + 2;                 // of a token: query heads, then the key, then the value
@@ -29,14 +36,14 @@ constexpr int LIMIT = BITS == 4 ? 7 : 127;
 constexpr int OPERAND_WORDS = BITS == 8 ? 2 : 1;
 constexpr int STEPS = HEAD / 32;
 constexpr int GROUP_WORDS = BITS == 16 ? THREADS : HEAD * BITS;  // 32-bit words of the keys, and of the values, of a block
-constexpr int WORDS = GROUP_WORDS / THREADS;                     // of a thread; THREADS words are one 16-byte load of a warp
+constexpr int WORDS = GROUP_WORDS / THREADS;                     // of a thread
+static_assert(THREADS % LINE == 0 && GROUP_WORDS % THREADS == 0, "every thread has the same number of words");
 
 MQ_DEVICE float low_half(u32 word) { return FLOAT16 ? f16_low(word) : bf16_low(word); }
 MQ_DEVICE float high_half(u32 word) { return FLOAT16 ? f16_high(word) : bf16_high(word); }
 MQ_DEVICE u32 pack(float low, float high) { return FLOAT16 ? pack_f16(low, high) : pack_bf16(low, high); }
 
-MQ_DEVICE void unpack4(const u16* from, float (&x)[4]) {
-    const uint2 word = *reinterpret_cast<const uint2*>(from);
+MQ_DEVICE void unpack4(uint2 word, float (&x)[4]) {
     x[0] = low_half(word.x);
     x[1] = high_half(word.x);
     x[2] = low_half(word.y);
@@ -55,14 +62,19 @@ MQ_DEVICE void read4(const float* from, float (&x)[4]) {
     x[3] = four.w;
 }
 
-// Codes of four channels, a byte each.
-MQ_DEVICE u32 quantize4(const float (&x)[4], const float* scale) {
-    float step[4];
-    read4(scale, step);
+// Reciprocals of four scales.
+MQ_DEVICE void invert4(const float* scale, float (&inverse)[4]) {
+    read4(scale, inverse);
+#pragma unroll
+    for (int j = 0; j < 4; j++) inverse[j] = __frcp_rn(inverse[j]);
+}
+
+// Codes of four channels of a key or a value, a byte each.
+MQ_DEVICE u32 quantize4(const float (&x)[4], bool is_key, const float (&key_inverse)[4], const float (&value_inverse)[4]) {
     u32 codes = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const i32 code = round_even(__fmul_rn(x[j], __frcp_rn(step[j])));
+        const i32 code = round_even(__fmul_rn(x[j], is_key ? key_inverse[j] : value_inverse[j]));
         codes |= (u32)(max(-LIMIT, min(LIMIT, code)) & 0xFF) << (8 * j);
     }
     return codes;
@@ -95,29 +107,58 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
           const float* __restrict__ query_norm, const float* __restrict__ key_norm, u16* __restrict__ q,
           u16* __restrict__ k, float eps, int tokens, int capacity) {
     __shared__ alignas(16) i8 key_codes[SLOTS][CODE_ROW], value_codes[SLOTS][CODE_ROW];
+    const int key_heads = gridDim.x, key_head = blockIdx.x, row = blockIdx.z;
+    const int part = threadIdx.x % VECTOR_LANES, channel = part * 4;
+    // Constants, which no kernel ahead writes: of this thread's channels, for keys and for values.
+    float key_inverse[2][4], value_inverse[2][4];
+    if (BITS != 16) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            invert4(key_scale + key_head * HEAD + channel + i * HALF, key_inverse[i]);
+            invert4(value_scale + key_head * HEAD + channel + i * HALF, value_inverse[i]);
+        }
+    }
     // The wait comes first and the launch second: the attention kernel behind this one reads older slots of the cache
     // ahead of its own wait, and relies on everything ahead of *this* kernel having completed (see kv_attention.cu).
     // Only a decode step may start it early: more than one new token is more than the newest slot.
     overlap_wait();
-    if (tokens == 1) overlap_launch();
+    if (ONE) overlap_launch();
 
-    const int key_heads = gridDim.x, key_head = blockIdx.x, row = blockIdx.z;
+    // Item i of a block: vector i % VECTORS of its token i / VECTORS. Its channels, as they lie in memory.
+    auto head_of = [&](int vector) {
+        return vector < GROUP    ? key_head * GROUP + vector
+               : vector == GROUP ? key_heads * GROUP + key_head
+                                 : key_heads * (GROUP + 1) + key_head;
+    };
+    uint2 next_low, next_high;
+    auto fetch = [&](int item, u64 first_token) {
+        const u64 token = first_token + item / VECTORS;
+        const u16* source = qkv + (token * (key_heads * VECTORS) + head_of(item % VECTORS)) * HEAD + channel;
+        next_low = *reinterpret_cast<const uint2*>(source);
+        next_high = *reinterpret_cast<const uint2*>(source + HALF);
+    };
+    const int own = threadIdx.x / VECTOR_LANES;
+    if (ONE) fetch(own < VECTORS ? own : 0, row);
+
     const int start = max(0, lengths[row]);
     const int group_start = (start / SLOTS + blockIdx.y) * SLOTS;
     const int first = max(start, group_start), end = min(start + tokens, group_start + SLOTS);
     if (first >= end) return;
     const int stored_end = min(end, capacity);
     const u64 head_start = ((u64)row * key_heads + key_head) * capacity;
+    const u64 first_token = (u64)row * tokens + (first - start);
+    const int items = (end - first) * VECTORS;
+    if (!ONE) fetch(own < items ? own : 0, first_token);
 
-    // Cache words of this thread: word `place % 4` of lane `place / 4` of units 0 .. WORDS - 1.
-    const int place = threadIdx.x, lane = place / 4, g = lane / 4, t = lane % 4;
+    // Cache words of this thread: word `place % 4` of lane `place / 4` of WORDS lines.
+    const int place = threadIdx.x % LINE, lane = place / 4, g = lane / 4, t = lane % 4;
     u32 old[WORDS], own_bits = 0;
     u32* key_words = nullptr;
     u32* value_words = nullptr;
     if (BITS != 16 && first < stored_end) {
         const u64 group_bytes = (head_start + group_start) * (HEAD * BITS / 8);
-        key_words = reinterpret_cast<u32*>(keys + group_bytes) + place;
-        value_words = reinterpret_cast<u32*>(values + group_bytes) + place;
+        key_words = reinterpret_cast<u32*>(keys + group_bytes) + threadIdx.x;
+        value_words = reinterpret_cast<u32*>(values + group_bytes) + threadIdx.x;
         const u32 below_end = stored_end - group_start == SLOTS ? ~0u : (1u << (stored_end - group_start)) - 1;
         own_bits = fresh_bits(below_end & (~0u << (first - group_start)), t, place % OPERAND_WORDS);
         if (own_bits != 0 && own_bits != ~0u) {
@@ -126,20 +167,15 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
         }
     }
 
-    const int part = threadIdx.x % VECTOR_LANES, channel = part * 4;
-    const int items = (end - first) * VECTORS;
     for (int base = 0; base < items; base += VECTORS_AT_ONCE) {  // all lanes go round together: they exchange sums
-        const int item = base + threadIdx.x / VECTOR_LANES;
+        const int item = base + own;
         const bool active = item < items;
         const int slot = first + (active ? item / VECTORS : 0), vector = active ? item % VECTORS : 0;
-        const u64 token = (u64)row * tokens + (slot - start);
-        const int head = vector < GROUP    ? key_head * GROUP + vector
-                         : vector == GROUP ? key_heads * GROUP + key_head
-                                           : key_heads * (GROUP + 1) + key_head;
-        const u16* source = qkv + (token * (key_heads * VECTORS) + head) * HEAD + channel;
+        const u64 token = first_token + (slot - first);
         float low[4], high[4];
-        unpack4(source, low);
-        unpack4(source + HALF, high);
+        unpack4(next_low, low);
+        unpack4(next_high, high);
+        if (item + VECTORS_AT_ONCE < items) fetch(item + VECTORS_AT_ONCE, first_token);
         if (query_norm || key_norm) {
             float squares = 0;
 #pragma unroll
@@ -176,7 +212,7 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
         }
         if (!active) continue;
         if (vector <= GROUP) {
-            u16* target = vector < GROUP ? q + (token * (key_heads * GROUP) + head) * HEAD
+            u16* target = vector < GROUP ? q + (token * (key_heads * GROUP) + head_of(vector)) * HEAD
                                          : k + (token * key_heads + key_head) * HEAD;
             store4(target + channel, low);
             store4(target + channel + HALF, high);
@@ -188,10 +224,10 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
                 store4(target + channel, low);
                 store4(target + channel + HALF, high);
             } else {
-                const float* scale = (is_key ? key_scale : value_scale) + key_head * HEAD;
                 i8* target = is_key ? key_codes[slot - group_start] : value_codes[slot - group_start];
-                *reinterpret_cast<u32*>(target + channel) = quantize4(low, scale + channel);
-                *reinterpret_cast<u32*>(target + channel + HALF) = quantize4(high, scale + channel + HALF);
+                *reinterpret_cast<u32*>(target + channel) = quantize4(low, is_key, key_inverse[0], value_inverse[0]);
+                *reinterpret_cast<u32*>(target + channel + HALF) =
+                    quantize4(high, is_key, key_inverse[1], value_inverse[1]);
             }
         }
     }
@@ -199,10 +235,11 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
     __syncthreads();
     if (first >= stored_end) return;
 
+    auto line = [&](int unit) { return (unit * THREADS + threadIdx.x) / LINE; };  // of a thread's word
     // Keys: all bits of a word belong to one token.
 #pragma unroll
     for (int unit = 0; unit < WORDS; unit++) {
-        const int n = unit * 4 + place % 4;
+        const int n = line(unit) * 4 + place % 4;
         const int token = n / (STEPS * OPERAND_WORDS) * 8 + g;
         if (token < first - group_start || token >= stored_end - group_start) continue;
         const int step = n % (STEPS * OPERAND_WORDS) / OPERAND_WORDS, half = n % OPERAND_WORDS;
@@ -217,7 +254,7 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
     if (own_bits == 0) return;
 #pragma unroll
     for (int unit = 0; unit < WORDS; unit++) {
-        const int n = unit * 4 + place % 4, half = n % OPERAND_WORDS;
+        const int n = line(unit) * 4 + place % 4, half = n % OPERAND_WORDS;
         const int own_channel = n / OPERAND_WORDS * 8 + g;
         u32 word = 0;
 #pragma unroll
