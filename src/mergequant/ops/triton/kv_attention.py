@@ -97,7 +97,7 @@ def _attend(
     prefix_out = tl.zeros((ROWS, WIDTH), tl.float32)
     if PREFIX > 0:  # one step of its own, by the first part
         prefix_slot = tl.arange(0, 16)
-        prefix_visible = (prefix_slot < PREFIX) & (prefix_slot < length) & (split == 0)
+        prefix_visible = prefix_slot < tl.where(split == 0, tl.minimum(length, PREFIX), 0)
         prefix_place = (key_head * PREFIX + prefix_slot[:, None]) * WIDTH + d[None, :]
         prefix_k = tl.load(prefix_key + prefix_place, mask=prefix_visible[:, None], other=0.0)
         prefix_v = tl.load(prefix_value + prefix_place, mask=prefix_visible[:, None], other=0.0)
