@@ -1,4 +1,4 @@
-"""The elementwise Triton kernels compiled for the GPU: the torch references on the same GPU, and float64.
+"""The elementwise Triton and CUDA kernels on a GPU: the torch references on the same GPU, and float64.
 
 Where both do the same float32 operations (`static_quant`, `dynamic_quant`, the residual) results are equal bit for bit;
 a sum in another order, or another exp, may move a value across a tie.
@@ -23,6 +23,7 @@ SHAPES = [  # rows, channels, gathered width; 20000 does not fit into a program
     *((3, 4096, 4608), (200, 1000, 1100), (5, 20000, 21000)),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BACKENDS = ("triton", "cuda")
 HADAMARD = [40, 172, 1408, 4096, 5120, 11008, 13824, 14336, 18944, 28672]
 SHARES = {  # of codes that may differ from torch's by one
     **dict.fromkeys(("static_quant", "dynamic_quant"), 0.0),
@@ -38,12 +39,12 @@ def poison() -> None:
     del blocks
 
 
-def both(name: str, case: Case) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def both(name: str, case: Case, backend: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Results of the reference and of the kernel."""
     with use_backend("torch"):
         expected = run(name, case)
     poison()
-    with use_backend("triton"):
+    with use_backend(backend):
         return expected, run(name, case)
 
 
@@ -63,10 +64,10 @@ def assert_same(name: str, case: Case, expected: Tensor, got: Tensor, share: flo
         assert int(apart.max()) <= 1, report
 
 
-def compare(name: str, case: Case) -> None:
+def compare(name: str, case: Case, backend: str) -> None:
     """One case of one kernel."""
     case = case.to("cuda")
-    expected, got = both(name, case)
+    expected, got = both(name, case, backend)
     assert_same(name, case, expected[0], got[0], SHARES[name])
     if name in DYNAMIC:
         torch.testing.assert_close(got[1], expected[1], rtol=0 if name == "dynamic_quant" else 1e-6, atol=0)
@@ -76,30 +77,46 @@ def compare(name: str, case: Case) -> None:
     assert_near_exact(name, case, got[0], share=1e-3 if name in DYNAMIC else 3e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("rows", "channels", "width"), SHAPES)
-def test_kernel_equals_torch_over_shapes(name: str, rows: int, channels: int, width: int | None) -> None:
-    compare(name, draw(rows, channels, 8, torch.bfloat16, width=width, shifted=width is not None))
+def test_kernel_equals_torch_over_shapes(name: str, rows: int, channels: int, width: int | None, backend: str) -> None:
+    compare(name, draw(rows, channels, 8, torch.bfloat16, width=width, shifted=width is not None), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_equals_torch_over_dtypes_bits_and_vectors(name: str, dtype: torch.dtype) -> None:
+def test_kernel_equals_torch_over_dtypes_bits_and_vectors(name: str, dtype: torch.dtype, backend: str) -> None:
     for bits, shifted, one in ((8, True, False), (4, False, True)):
-        compare(name, draw(65, 1408, bits, dtype, shifted=shifted, one=one))
+        compare(name, draw(65, 1408, bits, dtype, shifted=shifted, one=one), backend)
+        compare(name, draw(65, 1407, bits, dtype, shifted=shifted, one=one), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["static_quant", "rmsnorm_quant", "layernorm_quant", "dynamic_quant"])
 @pytest.mark.parametrize(
     ("rows", "channels", "width"), [(3, 66, None), (129, 4096, None), (5, 20000, None), (9, 40, 50)]
 )
-def test_packed_kernel_equals_torch(name: str, rows: int, channels: int, width: int | None) -> None:
-    compare(name, draw(rows, channels, 4, torch.bfloat16, width=width, packed=True))
+def test_packed_kernel_equals_torch(name: str, rows: int, channels: int, width: int | None, backend: str) -> None:
+    compare(name, draw(rows, channels, 4, torch.bfloat16, width=width, packed=True), backend)
 
 
+def test_cuda_kernels_take_views_that_begin_anywhere() -> None:
+    case = draw(4, 1024, 8, torch.bfloat16, width=1032, shifted=True).to("cuda")
+    memory = torch.empty(4 * 1024 + 3, dtype=torch.bfloat16, device="cuda")
+    x = memory[3:].view(4, 1024).copy_(case.x)
+    vectors = (case.multiplier, case.index.long(), case.shift)
+    with use_backend("torch"):
+        expected = ops.static_quant(case.x, *vectors, 8)
+    with use_backend("cuda"):
+        assert torch.equal(ops.static_quant(x, *vectors, 8), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "channels"), [(1, 4096), (130, 1000), (3, 20000)])
-def test_float_kernels_equal_torch(dtype: torch.dtype, rows: int, channels: int) -> None:
+def test_float_kernels_equal_torch(dtype: torch.dtype, rows: int, channels: int, backend: str) -> None:
     case = draw(rows, channels, dtype=dtype).to("cuda")
     weight = torch.rand(channels, device="cuda").to(dtype)
     calls: list[Callable[[Tensor], Tensor]] = [
@@ -111,7 +128,7 @@ def test_float_kernels_equal_torch(dtype: torch.dtype, rows: int, channels: int)
         residuals = (case.residual.clone(), case.residual.clone())
         with use_backend("torch"):
             expected = call(residuals[0])
-        with use_backend("triton"):
+        with use_backend(backend):
             got = call(residuals[1])
         assert torch.equal(*residuals)
         torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -155,7 +172,8 @@ def test_hadamard_rotation_is_good_to_a_part_in_ten_thousand_of_the_row(channels
     assert float(error) < 1e-4
 
 
-def test_overlapped_graph_equals_separate_launches() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overlapped_graph_equals_separate_launches(backend: str) -> None:
     """Forty kernels, each reading what the last one wrote, captured with and without overlap, replayed three times."""
     case = draw(3, 4096, dtype=torch.bfloat16, one=True).to("cuda")
     gain = torch.rand(4096, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 30
@@ -163,13 +181,18 @@ def test_overlapped_graph_equals_separate_launches() -> None:
     results: list[Tensor] = []
 
     def step() -> None:
+        with use_backend(backend):
+            chain()
+
+    def chain() -> None:
         results.clear()
         inner = x
         for _ in range(10):
             codes = ops.add_rmsnorm_quant(inner, residual, gain, None, None, EPS, 8)
             back = codes.to(torch.bfloat16) * 0.05
             inner = ops.silu_mul(torch.cat((back, back), -1))
-            turned, scale = ops.hadamard_dynamic_quant(inner, 1.0, 8)
+            with use_backend("triton"):  # it has no CUDA version
+                turned, scale = ops.hadamard_dynamic_quant(inner, 1.0, 8)
             again, fine = ops.dynamic_quant(turned.to(torch.bfloat16) * scale.to(torch.bfloat16), 0.9, 8)
             results.extend((codes, turned, again, fine))
 
@@ -196,15 +219,18 @@ def test_overlapped_graph_equals_separate_launches() -> None:
                 assert torch.equal(got, wanted), f"overlap {overlap}: result {number} differs"
 
 
-def test_rows_beyond_two_to_the_31_elements_are_reached() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_beyond_two_to_the_31_elements_are_reached(backend: str) -> None:
     rows, channels = 75_000, 28_672  # 2.15e9 bfloat16 values
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
     x = torch.ones(rows, channels, dtype=torch.bfloat16, device="cuda")
     x[-1] = 3
-    for codes in (
-        ops.static_quant(x, torch.full((1,), 2.0, device="cuda"), None, None, 8),
-        ops.dynamic_quant(x, 1.0, 8)[0],
-        ops.rmsnorm_quant(x, torch.full((1,), 6.0, device="cuda"), None, None, EPS, 8),
-    ):
+    with use_backend(backend):
+        results = (
+            ops.static_quant(x, torch.full((1,), 2.0, device="cuda"), None, None, 8),
+            ops.dynamic_quant(x, 1.0, 8)[0],
+            ops.rmsnorm_quant(x, torch.full((1,), 6.0, device="cuda"), None, None, EPS, 8),
+        )
+    for codes in results:
         assert int(codes[-1].min()) == int(codes[-1].max()) == {2: 6, 127: 127, 6: 6}[int(codes[0, 0])]

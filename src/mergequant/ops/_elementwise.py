@@ -1,25 +1,61 @@
-"""What the float ops share: the choice between torch and Triton, and packed codes."""
+"""What the float ops share: the choice of their kernels, and packed codes."""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergequant.errors import KernelError
 from mergequant.ops import backends
 
-__all__ = ["codes_like", "pack_pairs", "use_triton"]
+__all__ = ["codes_like", "kernels_for", "pack_pairs", "use_triton"]
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def kernels_for(op: str, stem: str, *inputs: Tensor | None) -> Any:
+    """Module with the kernels of an op for these float inputs; None: torch runs.
+
+    Args:
+        op: name of the op.
+        stem: its module in `ops.triton`; the CUDA versions of all are in `ops.cuda.elementwise`, under the same names.
+        inputs: the op's float tensors, None for what is not given. float64 stays with torch, which is reported.
+
+    Raises:
+        KernelError: the CUDA backend is forced on tensors of another device.
+    """
+    backend = _backend(op, *inputs)
+    return None if backend == "torch" else _module(backend, stem)
+
+
 def use_triton(op: str, *inputs: Tensor | None) -> bool:
-    """Whether an op runs its Triton kernel on these float inputs; float64 stays with torch, which is reported."""
+    """Whether an op without CUDA version runs its Triton kernel on these float inputs."""
+    return _backend(op, *inputs) == "triton"
+
+
+def _backend(op: str, *inputs: Tensor | None) -> str:
     given = [tensor for tensor in inputs if tensor is not None]
-    if backends.choose(op, given[0].device) != "triton":
-        return False
+    device = given[0].device
+    backend = backends.choose(op, device)
+    if backend == "torch":
+        return backend
     for tensor in given:
         if tensor.dtype not in KERNEL_DTYPES:
-            backends.report_fallback(op, f"the Triton kernel takes {KERNEL_DTYPES}, not {tensor.dtype}: torch runs")
-            return False
-    return True
+            name = {"cuda": "CUDA", "triton": "Triton"}[backend]
+            backends.report_fallback(op, f"the {name} kernel takes {KERNEL_DTYPES}, not {tensor.dtype}: torch runs")
+            return "torch"
+    if backend == "cuda" and device.type != "cuda":
+        raise KernelError(
+            f"{op}: its CUDA kernel is asked for, but the input is on {device}; move it, or ask for torch"
+        )
+    return backend
+
+
+@cache
+def _module(backend: str, stem: str) -> Any:
+    return import_module("mergequant.ops.cuda.elementwise" if backend == "cuda" else f"mergequant.ops.triton.{stem}")
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

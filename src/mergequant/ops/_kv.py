@@ -1,8 +1,5 @@
 """What the cache ops share: checks of caches and lengths, and the backend that takes a call."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -123,13 +120,8 @@ def pick(op: str, device: torch.device, reasons: dict[str, str | None]) -> str:
     order = backends.BACKENDS[op]
     while (reason := reasons.get(backend)) is not None:
         backend = order[order.index(backend) + 1]
-        if backend == "triton" and not _has_triton():
-            reasons["triton"] = reasons.get("triton") or "Triton is not installed"
+        if backend == "triton":
+            reasons["triton"] = reasons.get("triton") or backends.missing("triton")
         if reason:
             backends.report_fallback(op, f"{reason}; running on {backend}")
     return backend
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

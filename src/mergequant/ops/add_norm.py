@@ -7,7 +7,7 @@ addition followed by the norm bit for bit, and the fused kernel saves a trip of 
 import torch
 from torch import Tensor
 
-from mergequant.ops._elementwise import codes_like, use_triton
+from mergequant.ops._elementwise import codes_like, kernels_for
 from mergequant.ops._validate import require, require_float, require_quant_arguments, require_residual
 from mergequant.ops.norm_quant import rmsnorm
 from mergequant.ops.static_quant import quantize_scaled
@@ -40,10 +40,10 @@ def add_rmsnorm_quant(
     """
     require_residual("add_rmsnorm_quant", x, residual)
     require_quant_arguments("add_rmsnorm_quant", residual, multiplier, index, shift, bits)
-    if use_triton("add_rmsnorm_quant", residual, x):
-        from mergequant.ops.triton import norm_quant as kernels
-
-        return kernels.add_rmsnorm_quant(x, residual, multiplier, index, shift, eps, bits)
+    kernels = kernels_for("add_rmsnorm_quant", "norm_quant", residual, x)
+    if kernels is not None:
+        result: Tensor = kernels.add_rmsnorm_quant(x, residual, multiplier, index, shift, eps, bits)
+        return result
     residual.add_(x)
     return quantize_scaled(rmsnorm(residual, eps), multiplier, index, shift, bits)
 
@@ -84,10 +84,10 @@ def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) 
     require(
         weight.device == residual.device, f"add_rmsnorm: weight is on {weight.device}, residual on {residual.device}"
     )
-    if use_triton("add_rmsnorm", residual, x, weight):
-        from mergequant.ops.triton import norm_quant as kernels
-
-        return kernels.add_rmsnorm(x, residual, weight, eps)
+    kernels = kernels_for("add_rmsnorm", "norm_quant", residual, x, weight)
+    if kernels is not None:
+        result: Tensor = kernels.add_rmsnorm(x, residual, weight, eps)
+        return result
     if x is not None:
         residual.add_(x)
     return (rmsnorm(residual, eps) * weight.float()).to(residual.dtype)

@@ -9,20 +9,32 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from mergequant.errors import KernelError, UsageError
 
-__all__ = ["BACKENDS", "CUDA_ARCHITECTURES", "choose", "reason_against", "report_fallback", "reports", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "CUDA_ARCHITECTURES",
+    "choose",
+    "missing",
+    "reason_against",
+    "report_fallback",
+    "reports",
+    "use_backend",
+]
 
 LOG = logging.getLogger("mergequant")
 VARIABLE = "MERGEQUANT_BACKEND"
 NAMES = ("cuda", "triton", "torch")
-FLOAT_OPS = (
+ELEMENTWISE_OPS = (
     "rmsnorm_quant",
     "layernorm_quant",
     "add_rmsnorm_quant",
@@ -32,23 +44,27 @@ FLOAT_OPS = (
     "silu_mul",
     "silu_mul_quant",
     "silu_mul_dynamic_quant",
-    "hadamard_quant",
-    "hadamard_dynamic_quant",
-    "kv_read",
 )
+TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read")
 KERNEL_OPS = ("tiled_linear", "tiled_swiglu_quant", "kv_append", "kv_attention")
 BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNEL_OPS, ("cuda", "triton", "torch")),
     "int4x4_linear": ("cuda", "torch"),
-    **dict.fromkeys(FLOAT_OPS, ("triton", "torch")),
+    **dict.fromkeys(ELEMENTWISE_OPS, ("triton", "cuda", "torch")),
+    **dict.fromkeys(TRITON_OPS, ("triton", "torch")),
     "hadamard_transform": ("torch",),
     "int4_linear": ("torch",),
     "int8_linear": ("torch",),
 }
 # Architectures that the CUDA sources of an op are written for. int4x4_linear also runs on sm_90, where its instruction
-# is emulated: only a test asks for that.
+# is emulated: only a test asks for that. The elementwise sources want sm_80 and nothing newer; theirs are the
+# architectures that NVRTC 13.0 compiles for.
 CUDA_ARCHITECTURES = {
     **dict.fromkeys(KERNEL_OPS, ("sm_90",)),
+    **dict.fromkeys(
+        ELEMENTWISE_OPS,
+        ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
+    ),
     "int4x4_linear": ("sm_80", "sm_86", "sm_89"),
 }
 LEAST_TRITON = 80
@@ -59,6 +75,9 @@ _reported: dict[tuple[str, str], None] = {}
 
 def choose(op: str, device: torch.device) -> str:
     """Backend of an op on a device: "cuda", "triton" or "torch".
+
+    On a GPU that an earlier backend of the op's order is written for, what that backend lacks on this machine is
+    reported, once.
 
     Raises:
         UsageError: `use_backend` or the variable MERGEQUANT_BACKEND asks for something that is no backend.
@@ -76,25 +95,46 @@ def choose(op: str, device: torch.device) -> str:
 
 @cache
 def _choose(op: str, architecture: str) -> str:
-    return next(name for name in BACKENDS[op] if reason_against(op, name, architecture) is None)
+    lacking: list[str] = []
+    for name in BACKENDS[op]:
+        if _unwritten(op, name, architecture) is not None:
+            continue
+        lack = missing(name)
+        if lack is None:
+            for reason in lacking:
+                report_fallback(op, f"{name} runs, {reason}")
+            return name
+        lacking.append(f"not {name}: {lack}")
+    raise KernelError(f"{op} has no backend on {architecture}; report this")
 
 
 def reason_against(op: str, backend: str, architecture: str) -> str | None:
     """Why a backend of an op does not run on an architecture ("cpu", "sm_90", ...); None if it does."""
+    return _unwritten(op, backend, architecture) or missing(backend)
+
+
+def _unwritten(op: str, backend: str, architecture: str) -> str | None:
+    """Why a backend of an op is not meant for an architecture."""
     if backend == "torch":
         return None
     if architecture == "cpu":
         return f"{backend} kernels run on NVIDIA GPUs"
     if backend == "triton":
-        if int(architecture.removeprefix("sm_")) < LEAST_TRITON:
-            return f"the Triton kernels want sm_{LEAST_TRITON} or newer"
-        return None if _has_triton() else "Triton is not installed"
+        old = int(architecture.removeprefix("sm_")) < LEAST_TRITON
+        return f"the Triton kernels want sm_{LEAST_TRITON} or newer" if old else None
     known = CUDA_ARCHITECTURES[op]
-    if architecture not in known:
-        return f"the CUDA kernel is written for {', '.join(known)}"
-    from mergequant.ops.cuda import compiler
+    return None if architecture in known else f"the CUDA kernel is written for {', '.join(known)}"
 
-    return compiler.unavailable()
+
+def missing(backend: str) -> str | None:
+    """What a backend lacks on this machine; None if nothing."""
+    if backend == "triton":
+        return _without_compiler() if _has_triton() else "Triton is not installed"
+    if backend == "cuda":
+        from mergequant.ops.cuda import compiler
+
+        return compiler.unavailable()
+    return None
 
 
 @contextlib.contextmanager
@@ -128,6 +168,25 @@ def reports(op: str) -> list[str]:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _without_compiler() -> str | None:
+    """Why Triton cannot build its launcher: a C extension, compiled at a kernel's first launch.
+
+    Looks where Triton looks (its `runtime/build.py`): $CC if it is set, else gcc or clang, and Python's own headers.
+    """
+    needs = "Triton needs a C compiler and Python's headers to launch kernels"
+    asked = os.environ.get("CC")
+    if asked is not None:
+        if shutil.which(asked) is None:
+            return f"{needs}, and CC={asked!r} is no program; unset CC, or install gcc or clang"
+    elif shutil.which("gcc") is None and shutil.which("clang") is None:
+        return f"{needs}, and there is neither gcc nor clang; install gcc or clang"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, which holds no headers
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    return None if header.is_file() else f"{needs}, and {header} is missing; install Python's headers (python3-dev)"
 
 
 @cache

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import IntegerGrid
-from mergequant.ops._elementwise import codes_like, pack_pairs, use_triton
+from mergequant.ops._elementwise import codes_like, kernels_for, pack_pairs
 from mergequant.ops._validate import require_dynamic_arguments, require_packable
 
 __all__ = ["SMALLEST_SCALE", "dynamic_quant", "quantize_tokens"]
@@ -39,10 +39,10 @@ def dynamic_quant(x: Tensor, clip_ratio: float, bits: int, packed: bool = False)
     require_dynamic_arguments("dynamic_quant", x, clip_ratio, bits)
     if packed:
         require_packable("dynamic_quant", bits, x.shape[-1])
-    if use_triton("dynamic_quant", x):
-        from mergequant.ops.triton import dynamic_quant as kernels
-
-        return kernels.dynamic_quant(x, clip_ratio, bits, packed)
+    kernels = kernels_for("dynamic_quant", "dynamic_quant", x)
+    if kernels is not None:
+        result: tuple[Tensor, Tensor] = kernels.dynamic_quant(x, clip_ratio, bits, packed)
+        return result
     return quantize_tokens(x.float(), clip_ratio, bits, packed)
 
 

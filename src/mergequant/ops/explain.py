@@ -52,7 +52,8 @@ def _choice(op: str, architecture: str, here: bool) -> Choice:
         if against is None:
             reasons.insert(0, WHAT[name])
             if here:
-                reasons += backends.reports(op)
+                reported = backends.reports(op)
+                reasons += [report for report in reported if not any(reason in report for reason in reasons)]
             return Choice(op, architecture, name, "; ".join(reasons))
         reasons.append(f"not {name}: {against}")
     raise KernelError(f"{op} has no backend on {architecture}; report this")

@@ -7,7 +7,7 @@ round and a clamp. Mean and variance are always those of the original channels, 
 import torch
 from torch import Tensor
 
-from mergequant.ops._elementwise import codes_like, use_triton
+from mergequant.ops._elementwise import codes_like, kernels_for
 from mergequant.ops._validate import require_quant_arguments
 from mergequant.ops.static_quant import quantize_scaled
 
@@ -48,10 +48,10 @@ def rmsnorm_quant(
         KernelError: a dtype, shape or device that is not as above.
     """
     require_quant_arguments("rmsnorm_quant", x, multiplier, index, shift, bits, packed)
-    if use_triton("rmsnorm_quant", x):
-        from mergequant.ops.triton import norm_quant as kernels
-
-        return kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=False)
+    kernels = kernels_for("rmsnorm_quant", "norm_quant", x)
+    if kernels is not None:
+        result: Tensor = kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=False)
+        return result
     return quantize_scaled(rmsnorm(x, eps), multiplier, index, shift, bits, packed)
 
 
@@ -70,10 +70,10 @@ def layernorm_quant(
     Arguments, result and errors as `rmsnorm_quant`; the norm's bias over the step is part of `shift`.
     """
     require_quant_arguments("layernorm_quant", x, multiplier, index, shift, bits, packed)
-    if use_triton("layernorm_quant", x):
-        from mergequant.ops.triton import norm_quant as kernels
-
-        return kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=True)
+    kernels = kernels_for("layernorm_quant", "norm_quant", x)
+    if kernels is not None:
+        result: Tensor = kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=True)
+        return result
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
     return quantize_scaled(rmsnorm(centred, eps), multiplier, index, shift, bits, packed)

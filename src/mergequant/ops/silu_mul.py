@@ -7,7 +7,7 @@ in float32, in this order, as in the epilogue of `tiled_swiglu_quant`.
 import torch
 from torch import Tensor
 
-from mergequant.ops._elementwise import codes_like, use_triton
+from mergequant.ops._elementwise import codes_like, kernels_for
 from mergequant.ops._validate import require_dynamic_arguments, require_pairs, require_quant_arguments
 from mergequant.ops.dynamic_quant import quantize_tokens
 from mergequant.ops.static_quant import quantize_scaled
@@ -28,10 +28,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         KernelError: gate_up is no float tensor of an even width.
     """
     require_pairs("silu_mul", gate_up)
-    if use_triton("silu_mul", gate_up):
-        from mergequant.ops.triton import silu_mul as kernels
-
-        return kernels.silu_mul(gate_up)
+    kernels = kernels_for("silu_mul", "silu_mul", gate_up)
+    if kernels is not None:
+        result: Tensor = kernels.silu_mul(gate_up)
+        return result
     return _swiglu(gate_up).to(gate_up.dtype)
 
 
@@ -62,10 +62,10 @@ def silu_mul_quant(
     require_pairs("silu_mul_quant", gate_up)
     channels = gate_up.shape[-1] // 2
     require_quant_arguments("silu_mul_quant", gate_up, multiplier, index, shift, bits, channels=channels)
-    if use_triton("silu_mul_quant", gate_up):
-        from mergequant.ops.triton import silu_mul as kernels
-
-        return kernels.silu_mul_quant(gate_up, multiplier, index, shift, bits)
+    kernels = kernels_for("silu_mul_quant", "silu_mul", gate_up)
+    if kernels is not None:
+        result: Tensor = kernels.silu_mul_quant(gate_up, multiplier, index, shift, bits)
+        return result
     return quantize_scaled(_swiglu(gate_up), multiplier, index, shift, bits)
 
 
@@ -91,10 +91,10 @@ def silu_mul_dynamic_quant(gate_up: Tensor, clip_ratio: float, bits: int) -> tup
     """
     require_pairs("silu_mul_dynamic_quant", gate_up)
     require_dynamic_arguments("silu_mul_dynamic_quant", gate_up, clip_ratio, bits)
-    if use_triton("silu_mul_dynamic_quant", gate_up):
-        from mergequant.ops.triton import silu_mul as kernels
-
-        return kernels.silu_mul_dynamic_quant(gate_up, clip_ratio, bits)
+    kernels = kernels_for("silu_mul_dynamic_quant", "silu_mul", gate_up)
+    if kernels is not None:
+        result: tuple[Tensor, Tensor] = kernels.silu_mul_dynamic_quant(gate_up, clip_ratio, bits)
+        return result
     return quantize_tokens(_swiglu(gate_up), clip_ratio, bits)
 
 

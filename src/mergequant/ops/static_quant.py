@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import IntegerGrid
-from mergequant.ops._elementwise import codes_like, pack_pairs, use_triton
+from mergequant.ops._elementwise import codes_like, kernels_for, pack_pairs
 from mergequant.ops._validate import require_quant_arguments
 
 __all__ = ["quantize_scaled", "static_quant"]
@@ -49,10 +49,10 @@ def static_quant(
         KernelError: a dtype, shape or device that is not as above.
     """
     require_quant_arguments("static_quant", x, multiplier, index, shift, bits, packed)
-    if use_triton("static_quant", x):
-        from mergequant.ops.triton import static_quant as kernels
-
-        return kernels.static_quant(x, multiplier, index, shift, bits, packed)
+    kernels = kernels_for("static_quant", "static_quant", x)
+    if kernels is not None:
+        result: Tensor = kernels.static_quant(x, multiplier, index, shift, bits, packed)
+        return result
     return quantize_scaled(x.float(), multiplier, index, shift, bits, packed)
 
 
