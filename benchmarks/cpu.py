@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import mergequant
 from mergequant import ops
 from mergequant.grids import IntegerGrid, Quantizer, pack_codes
-from mergequant.nn import InputSpec, LinearSpec, QuantLinear
+from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
 
 # Tokens, width, outputs.
 SHAPES = [
@@ -49,8 +49,8 @@ COLD = 16_000_000  # elements of all copies of a layer: more than caches of a co
 BURST = 1e-3  # seconds; shorter than what an operating system gives a process at a time
 PATIENCE = 3.0  # seconds that one comparison takes
 RECIPES = ("rtn", "mergequant", "mergequant-plus", "mergequant-w4a8")
-# A larger model of the same family with random weights, on which speed does not depend, rounded to nearest.
-WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32}
+# A larger model of the same family with random weights, on which speed does not depend: half a TinyLlama.
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 11, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 4, "head_dim": 64}
 PROMPT, NEW_TOKENS, ROUNDS = 32, 16, 25
 Calls = dict[str, Callable[[], Any]]
@@ -124,43 +124,65 @@ def linear() -> dict[str, Any]:
 def decode(model: str, calibration: str) -> dict[str, Any]:
     """One layer at few tokens, then tokens per second of whole models, one sequence."""
     rows = [layer(tokens, *shape) for shape in DECODE_LAYERS for tokens in DECODE_TOKENS]
-    with tempfile.TemporaryDirectory() as folder:
-        speeds = [speed | {"of": Path(model).name} for speed in speed_of(model, calibration, folder, {})]
-        config = AutoConfig.from_pretrained(model)
-        config.update(WIDE)
-        wide = Path(folder) / "wide"
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(wide)
-        AutoTokenizer.from_pretrained(model).save_pretrained(wide)
-        speeds += [speed | {"of": "wide"} for speed in speed_of(str(wide), calibration, folder, {"rounding": "rtn"})]
-    product = ops.cpu_backend()
-    protocol = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": ROUNDS, "wide": WIDE}
-    return {"rows": rows, "models": speeds, "model": Path(model).name, "product": product, "protocol": protocol}
-
-
-def speed_of(model: str, calibration: str, folder: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tokens per second of a model in bf16, in float32 and by every recipe, in turns."""
     models = {
         name: AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))
     }
-    for recipe in RECIPES:
-        out = Path(folder) / f"{Path(model).name}-{recipe}"
-        own = {} if recipe == "rtn" else settings
-        with torch.enable_grad():
-            mergequant.quantize(model, recipe, data=calibration, out=out, samples=4, seqlen=256, settings=own)
-        models[recipe] = mergequant.load(out, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in RECIPES:
+            out = Path(folder) / recipe
+            with torch.enable_grad():
+                mergequant.quantize(model, recipe, data=calibration, out=out, samples=4, seqlen=256)
+            models[recipe] = mergequant.load(out, dtype=torch.bfloat16)
+    speeds = [row | {"of": Path(model).name} for row in tokens_per_second(models)]
+    config = AutoConfig.from_pretrained(model)
+    config.update(WIDE)
+    models = {"bf16": AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()}
+    models["w4a8, random codes"] = with_random_codes(copy.deepcopy(models["bf16"]))
+    speeds += [row | {"of": "wide"} for row in tokens_per_second(models)]
+    product = ops.cpu_backend()
+    protocol = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": ROUNDS, "wide": WIDE}
+    return {"rows": rows, "models": speeds, "product": product, "protocol": protocol}
+
+
+def with_random_codes(model: Any) -> Any:
+    """The layers of `mergequant-w4a8` in a model of the Llama kind, in place: static norms, rotated o and d."""
+    for block in model.model.layers:
+        for parent, name in ((block, "input_layernorm"), (block, "post_attention_layernorm")):
+            norm = getattr(parent, name)
+            channels = norm.weight.shape[0]
+            quantized = QuantNorm(NormSpec("rms", channels, channels, 8, norm.variance_epsilon))
+            quantized.multiplier.fill_(32)
+            setattr(parent, name, quantized)
+        for parent in (block.self_attn, block.mlp):
+            for name, float_layer in list(parent.named_children()):
+                if not isinstance(float_layer, torch.nn.Linear):
+                    continue
+                outputs, width = float_layer.weight.shape
+                spec = InputSpec("codes", width, width, 8)
+                if name in ("o_proj", "down_proj"):
+                    spec = InputSpec("static", width, width, 8, ops.rotation(width).name)
+                linear = QuantLinear(LinearSpec(outputs, spec, 4)).to(torch.bfloat16)
+                linear.weight_codes.random_()
+                linear.weight_scale.fill_(1 / (4 * 32 * width**0.5))
+                setattr(parent, name, linear)
+    return model
+
+
+def tokens_per_second(models: dict[str, Any]) -> list[dict[str, Any]]:
+    """Speed of models that take turns, one of them named bf16."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, loaded in models.items():
             times[name].append(token_seconds(loaded))
     speeds = []
-    for name, own_times in times.items():
-        ratios = [theirs / mine for theirs, mine in zip(times["bf16"], own_times)]
-        speed = {"model": name, "tokens_per_second": round(1 / min(own_times), 1)}
-        speed |= {"over_bf16": round(min(times["bf16"]) / min(own_times), 3)}
-        speed |= {"median_over_bf16": round(statistics.median(ratios), 3)}
-        speeds.append(speed)
-        print(speed, flush=True)
+    for name, own in times.items():
+        ratios = [theirs / mine for theirs, mine in zip(times["bf16"], own)]
+        row = {"model": name, "tokens_per_second": round(1 / min(own), 1)}
+        row |= {"over_bf16": round(min(times["bf16"]) / min(own), 3)}
+        row |= {"median_over_bf16": round(statistics.median(ratios), 3)}
+        speeds.append(row)
+        print(row, flush=True)
     return speeds
 
 

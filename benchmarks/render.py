@@ -129,18 +129,37 @@ def kv(runs: dict[str, Any]) -> str:
 
 def linear(runs: dict[str, Any]) -> str:
     """Times of one linear layer on a CPU."""
+    return f"{_layers(runs)}\n`python benchmarks/cpu.py linear`; {_where(runs)}.\n"
+
+
+def cpu_decode(runs: dict[str, Any]) -> str:
+    """Layers at few tokens and whole models, one token at a time, on a CPU."""
+    wide = runs["protocol"]["wide"]
+    shape = f"{wide['num_hidden_layers']} blocks, hidden {wide['hidden_size']}, ffn {wide['intermediate_size']}"
+    lines = ["| model | weights | tokens/s | vs bf16 |", "|---|---|---|---|"]
+    for row in runs["models"]:
+        of = f"random, {shape}" if row["of"] == "wide" else f"`{row['of']}`"
+        lines.append(f"| {of} | {row['model']} | {row['tokens_per_second']} | {row['over_bf16']:.2f}x |")
+    how = f"`python benchmarks/cpu.py decode --threads {runs['threads']}`; {_where(runs)}"
+    return "\n".join([_layers(runs), *lines, "", f"{how}."]) + "\n"
+
+
+def _layers(runs: dict[str, Any]) -> str:
     lines = [
-        "| tokens x width x outputs | int8 codes, ms | fake quantization | bf16 |",
-        "|---|---|---|---|",
+        "| tokens x width x outputs | int8 codes, ms | fake quantization | in bf16 | bf16 |",
+        "|---|---|---|---|---|",
     ]
     for row in runs["rows"]:
-        shape = f"{row['tokens']} x {row['width']} x {row['outputs']}"
-        lines.append(
-            f"| {shape} | {row['integer_ms']} | {row['fake_ms']} ({row['fake_over_integer']}x) | "
-            f"{row['bf16_ms']} ({row['bf16_over_integer']}x) |"
-        )
-    where = f"{runs['threads']} threads, {runs['cpu_capability']}, torch {runs['torch']}, python {runs['python']}"
-    return "\n".join([*lines, "", f"`python benchmarks/cpu.py linear`; {where}."]) + "\n"
+        cells = [f"{row['tokens']} x {row['width']} x {row['outputs']}", f"{row['integer_ms']:.3f}"]
+        for name in ("fake", "fake_bf16", "bf16"):
+            cells.append(f"{row[f'{name}_ms']:.3f} ({row[f'{name}_over_integer']:.2f}x)")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(runs: dict[str, Any]) -> str:
+    threads = "1 thread" if runs["threads"] == 1 else f"{runs['threads']} threads"
+    return f"{threads}, {runs['product']}, torch {runs['torch']}, python {runs['python']}"
 
 
 def quantize(runs: dict[str, Any]) -> str:
@@ -415,6 +434,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "goals": goals,
     "kv": kv,
     "linear": linear,
+    "cpu_decode": cpu_decode,
     "quantize": quantize,
     "speed_goals": speed_goals,
     "ceilings": ceilings,
