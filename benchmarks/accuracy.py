@@ -2,11 +2,12 @@
 
     python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
         [--suite main|ablations|all|kv] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4]
-        --out RESULTS.json
+        [--work DIR] --out RESULTS.json
 
-Every run quantizes with 128 windows of 512 tokens, writes and verifies a checkpoint, loads it from disk and scores it
-on the first windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative
-log-likelihood over the float model in nats. RESULTS.json gains a row per run; runs that are there already are skipped.
+Suites of recipes for `mergequant.compare`, which runs them: 128 calibration windows of 512 tokens, and the first
+windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative log-likelihood
+over the float model in nats. RESULTS.json gains a row per run; runs that are there already are skipped, and an
+interrupted one goes on in the folder --work.
 The suite `kv` scores each checkpoint with keys and values of 16, 8 and 4 bits: every token attends to what comes out of
 the quantized cache, as while text is generated. Its rows go into a file of their own.
 `benchmarks/render.py` makes the tables of docs/results.md from such files.
@@ -14,25 +15,15 @@ the quantized cache, as while text is generated. Its rows go into a file of thei
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
-import subprocess
-import tempfile
-import time
-from functools import partial
-from itertools import chain
+import sys
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
 import mergequant
-from mergequant.data import head_windows
-from mergequant.eval.perplexity import score
-from mergequant.integrations.transformers import QuantizedCache
+from mergequant.recipes import get_recipe
 
 PLUS = "mergequant-plus"
 MAIN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,68 +63,43 @@ KV_BITS = {"kv": (16, 8, 4)}  # of other suites: 16 only
 SAMPLES, SEQLEN = 128, 512
 
 
-def run_one(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Quantize, reload, score. Returns a row of the results for each width of keys and values."""
-    torch.set_num_threads(job["threads"])
-    torch.set_grad_enabled(False)
-    started = time.perf_counter()
-    row = {key: job[key] for key in ("model", "label", "recipe", "settings", "seed")}
-    with tempfile.TemporaryDirectory() as folder:
-        done = mergequant.quantize(
-            job["path"],
-            job["recipe"],
-            data=job["calibration"],
-            out=Path(folder) / "q",
-            samples=SAMPLES,
-            seqlen=SEQLEN,
-            seed=job["seed"],
-            settings=job["settings"],
-            device=job["device"],
-        )
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        row["linear_bits_per_parameter"] = round(done.figures["linear_bits_per_parameter"], 4)
-        row["bits_per_parameter"] = round(done.figures["bits_per_parameter"], 4)
-        quantized = mergequant.load(done.folder, dtype=torch.float32, device=job["device"])
-    floating = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.float32).to(job["device"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["path"])
+class Lines:
+    """A reporter that prints what is done, not every block."""
+
+    def phase(self, text: str) -> None:
+        """A phase, on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+def rows_of(report: mergequant.Comparison, suite: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of the results from the cells of a comparison."""
     rows = []
-    for bits in job["kv_bits"]:
-        row = {**row, "kv_bits": bits, "eval": {}}
-        for text in job["eval"]:
-            windows = head_windows(text, tokenizer, samples=job["windows"], seqlen=SEQLEN)
-            scores = score(quantized, windows, against=floating, new_cache=None if bits == 16 else partial(cache, bits))
-            if scores.against is None or scores.divergence is None:
-                raise RuntimeError("the float model was not scored")
-            row["eval"][Path(text).stem] = {
-                "d": scores.divergence.nll_increase,
-                "perplexity": scores.model.perplexity,
-                "float_perplexity": scores.against.perplexity,
-                "kl_mean": scores.divergence.kl_mean,
-                "top1_agreement": scores.divergence.top1_agreement,
+    for cell in report.cells:
+        if cell["reason"]:
+            print(f"{cell['model']:12} {cell['recipe']:40} refused: {cell['reason']}", flush=True)
+            continue
+        recipe, settings = suite[cell["recipe"]]
+        row = {"model": cell["model"], "label": cell["recipe"], "recipe": recipe, "settings": settings}
+        row |= {key: cell[key] for key in ("seed", "seconds", "kv_bits")}
+        row |= {key: round(cell[key], 4) for key in ("linear_bits_per_parameter", "bits_per_parameter")}
+        row["eval"] = {
+            name: {
+                "d": found["nll_increase"],
+                **{key: found[key] for key in ("perplexity", "float_perplexity", "kl_mean", "top1_agreement")},
             }
+            for name, found in cell["texts"].items()
+        }
         rows.append(row)
     return rows
 
 
-def cache(bits: int, model: PreTrainedModel) -> QuantizedCache:
-    """A quantized cache for a model."""
-    return QuantizedCache.for_model(model, bits)
-
-
-def machine(device: str) -> dict[str, str]:
+def machine(report: mergequant.Comparison) -> dict[str, str]:
     """Where the runs were made."""
-    found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mergequant": mergequant.__version__,
-        "python": platform.python_version(),
-    }
-    if device == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return found
+    name = f"CPU, {os.cpu_count()} cores" if report.machine["type"] == "cpu" else report.machine["name"]
+    return {"device": name, **{key: value for key, value in report.machine["versions"].items() if value}}
 
 
 def main() -> None:
@@ -147,48 +113,48 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="folder of checkpoints and cells")
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
+    suite = SUITES[arguments.suite]
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    done = {(row["model"], row["label"], row["seed"]) for row in known["rows"]}
+    done = {(row["model"], row["label"], row["seed"], row.get("kv_bits", 16)) for row in known["rows"]}
     known["protocol"] = {
         "calibration": f"{SAMPLES} x {SEQLEN} tokens of {Path(arguments.calibration).name}",
         "evaluation": f"first {arguments.windows} windows of {SEQLEN} tokens with BOS of each text",
     }
-    known["machine"] = machine(arguments.device)
     known["order"] = list(SUITES["kv" if arguments.suite == "kv" else "all"])
     known["command"] = "python benchmarks/accuracy.py " + " ".join(
         f"--{key} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
         for key, value in vars(arguments).items()
         if key in ("suite", "seeds", "windows", "device", "workers") and value is not None
     )
-    jobs = [
-        {
-            "model": Path(path).name,
-            "path": path,
-            "label": label,
-            "recipe": recipe,
-            "settings": settings,
-            "seed": seed,
-            "calibration": arguments.calibration,
-            "eval": arguments.eval,
-            "windows": arguments.windows,
-            "device": arguments.device,
-            "threads": max((os.cpu_count() or 1) // arguments.workers, 1),
-            "kv_bits": KV_BITS.get(arguments.suite, (16,)),
+    for seed, path, bits in product(range(arguments.seeds), arguments.model, KV_BITS.get(arguments.suite, (16,))):
+        recipes = {
+            label: get_recipe(recipe).with_settings(settings)
+            for label, (recipe, settings) in suite.items()
+            if (Path(path).name, label, seed, bits) not in done and (not arguments.only or label in arguments.only)
         }
-        for seed in range(arguments.seeds)
-        for path in arguments.model
-        for label, (recipe, settings) in SUITES[arguments.suite].items()
-        if (Path(path).name, label, seed) not in done and (not arguments.only or label in arguments.only)
-    ]
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for row in chain.from_iterable(pool.imap_unordered(run_one, jobs)):
-            known["rows"].append(row)
-            arguments.out.write_text(json.dumps(known, indent=1) + "\n")
-            shown = "  ".join(f"{name} {value['d']:+.4f}" for name, value in row["eval"].items())
-            what = f"{row['model']:12} {row['label']:40} kv{row['kv_bits']:<2} seed {row['seed']}"
-            print(f"{what}  {shown}  {row['seconds']} s", flush=True)
+        if not recipes:
+            continue
+        report = mergequant.compare(
+            path,
+            recipes,
+            data=arguments.calibration,
+            evaluation={Path(text).stem: text for text in arguments.eval},
+            seeds=[seed],
+            out=arguments.work,
+            samples=SAMPLES,
+            seqlen=SEQLEN,
+            windows=arguments.windows,
+            kv_bits=bits,
+            device=arguments.device,
+            workers=arguments.workers,
+            reporter=Lines(),
+        )
+        known["machine"] = machine(report)
+        known["rows"] += rows_of(report, suite)
+        arguments.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

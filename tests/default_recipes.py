@@ -22,4 +22,26 @@ DEFAULT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mergequant-plus": ("mergequant-plus", {"tile": 8}),
     "mergequant-plus-static": ("mergequant-plus", {"tile": 8, "other": "static", "other_bits": 8, "prefix": (1, 5)}),
     "mergequant-w4a8": ("mergequant-w4a8", {"tile": 8}),
+    "quarot": ("quarot", {}),
+    "quarot-online-prefix": ("quarot", {"heads": "online", "activation_clip": "search", "prefix": "bos"}),
+    "smoothquant": ("smoothquant", {}),
+    "smoothquant-w4a4-all": (
+        "smoothquant",
+        {
+            "weight_bits": 4,
+            "activation_bits": 4,
+            "alpha": "search",
+            "smooth_all": True,
+            "rounding": "gptq",
+            "clip": True,
+        },
+    ),
+    "smoothquant-tensor": ("smoothquant", {"inputs": "tensor", "alpha": 0.8, "smooth_all": True, "prefix": "bos"}),
+    "awq": ("awq", {"group_size": 32}),
+    "awq-w3-rows": ("awq", {"weight_bits": 3, "group_size": 0, "rounding": "gptq", "prefix": "bos"}),
+}
+
+# registered name: families that it refuses while planning, before anything is computed
+REFUSED: dict[str, tuple[str, ...]] = {
+    "quarot": ("gemma2", "opt", "opt_gelu_projected"),
 }

@@ -20,6 +20,7 @@ FLOORS = [
     {"recipes"},
     {"pipeline"},
     {"integrations", "eval", "bench"},
+    {"comparison"},
     {"__init__"},  # the public face
     {"cli"},
     {"__main__"},

@@ -12,6 +12,7 @@ them too, and has no other effect.
 __version__ = "0.1.0"
 
 from mergequant import errors
+from mergequant.comparison import Comparison, compare
 from mergequant.errors import MergeQuantError
 from mergequant.eval.evaluate import evaluate
 from mergequant.integrations.transformers import load, register
@@ -19,9 +20,11 @@ from mergequant.pipeline import Quantized, plan, quantize
 from mergequant.recipes import Recipe, get_recipe, list_recipes, register_recipe
 
 __all__ = [
+    "Comparison",
     "MergeQuantError",
     "Quantized",
     "Recipe",
+    "compare",
     "errors",
     "evaluate",
     "get_recipe",

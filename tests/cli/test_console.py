@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mergequant.cli.console import Output, Progress, human_time
-from mergequant.cli.options import parse_settings
 from mergequant.errors import UsageError
 
 
@@ -48,10 +47,3 @@ def test_progress_elsewhere_prints_lines(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[0].endswith("preparing [a]")
     assert lines[1].endswith("block 2 of 2, model.layers.1")
     assert len(lines) == 2
-
-
-def test_settings_are_yaml_with_plain_numbers() -> None:
-    pairs = ("split=1e-3", "stagger=off", "clip.mode=none", "prefix=[1, 2]", "tile=64", "name=+-")
-    assert parse_settings(pairs) == {
-        "split": 0.001, "stagger": False, "clip.mode": "none", "prefix": [1, 2], "tile": 64, "name": "+-",
-    }  # fmt: skip

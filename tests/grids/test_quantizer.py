@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergequant.errors import UsageError
-from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, QTensor, Quantizer
+from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, QTensor, Quantizer, fitting_group
 
 
 def rows(seed: int = 0, count: int = 9, width: int = 24, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,3 +147,12 @@ def test_groups_when_size_does_not_divide_the_row_expect_error(group_size: int) 
 def test_bits_per_element_when_counted_expect_containers_and_scales(bits: int, groups: int, expected: float) -> None:
     tensor = QTensor(torch.zeros(3, 16, dtype=torch.int8), torch.ones(3, groups), IntegerGrid(bits))
     assert tensor.bits_per_element() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "wanted", "fits"),
+    [(256, 128, 128), (11008, 128, 128), (320, 128, 80), (52, 32, 26), (40, 128, 0), (997, 128, 0), (64, 0, 0)],
+)
+def test_fitting_group_expect_largest_divisor_or_a_whole_row(width: int, wanted: int, fits: int) -> None:
+    assert fitting_group(width, wanted) == fits
+    assert fits == 0 or width % fits == 0

@@ -119,6 +119,16 @@ def plain(context: BlockContext, site: Site, scheme: InputScheme, *, rotated: bo
     replace(context, site, scheme, scheme.exact_values, rotated)
 
 
+def scale_channels(context: BlockContext, site: Site, generator: torch.Generator) -> None:
+    """Scales behind norms and in front of o_proj and down_proj; a site that can take none up is left alone."""
+    if site.norm is None and site.producer is None:
+        return
+    scale = random_steps(site.width, generator)
+    if site.norm is None and site.producer is not None:
+        scale = scale[torch.tensor(site.producer.channel)]
+    context.scale_channels(site, scale)
+
+
 TRANSFORMS: dict[str, Callable[[BlockContext, Site, torch.Generator], None]] = {
     "channel": lambda context, site, generator: (
         migrate_norm(context, site, generator) if site.norm else migrate_channels(context, site, generator)
@@ -126,6 +136,7 @@ TRANSFORMS: dict[str, Callable[[BlockContext, Site, torch.Generator], None]] = {
     "channel_without_norm": lambda context, site, generator: migrate_channels(
         context, Site(site.name, site.kind, site.consumers, site.width, None, None, 0.0), generator
     ),
+    "scale": scale_channels,
     "rotation": lambda context, site, _: plain(context, site, FloatScheme(), rotated=True),
     "token": lambda context, site, _: plain(context, site, TokenScheme(4, 0.7), rotated=True),
     "tensor": lambda context, site, _: plain(context, site, TensorScheme(4, 0.037), rotated=False),

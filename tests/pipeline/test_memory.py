@@ -68,8 +68,8 @@ def test_block_when_released_is_held_by_nothing(
     alive: list[int] = []
     load, release = ModelShell.load_block, ModelShell.release_block
 
-    def watched_load(shell: ModelShell, index: int) -> nn.Module:
-        block = load(shell, index)
+    def watched_load(shell: ModelShell, index: int, **options: bool) -> nn.Module:
+        block = load(shell, index, **options)
         blocks.append(weakref.ref(block))
         return block
 

@@ -21,6 +21,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     # The prefix's values are scaled together with the value projection, and the run must find them so again.
     "static": ("mergequant", {"other": "static", "other_bits": 8, "prefix": "bos", "clip": "activation"}),
     "low_rank": ("mergequant", {"compensation": "low_rank", "low_rank.epochs": 1, "clip": "activation"}),
+    # Blocks that are done are read back as they are, those that follow are transformed as before.
+    "rotated": ("quarot", {"prefix": "bos"}),
 }
 PLACES: dict[str, tuple[str, str, int, int]] = {
     # label: recipe, what is called, for the how many-th time, blocks that are done by then
@@ -29,6 +31,8 @@ PLACES: dict[str, tuple[str, str, int, int]] = {
     "middle_of_second_block_low_rank": ("low_rank", ROUNDED, 5, 1),
     "tensors_of_second_block": ("static", "mergequant.checkpoint.writer.write_tensors", 2, 1),
     "record_of_second_block": ("static", "mergequant.checkpoint.writer.write_json", 3, 1),
+    "middle_of_second_block_rotated": ("rotated", ROUNDED, 6, 1),
+    "tail_rotated": ("rotated", "mergequant.checkpoint.writer.write_tensors", 3, 2),
     "between_blocks": ("static", "mergequant.pipeline.run.Silent.block", 1, 1),
     "tail": ("static", "mergequant.checkpoint.writer.write_tensors", 3, 2),
     "config": ("static", "mergequant.checkpoint.writer.write_json", 4, 2),

@@ -12,12 +12,15 @@ from mergequant.calibration import SiteContext
 from mergequant.errors import RecipeError
 from mergequant.steps import (
     Clip,
+    ClipWeights,
     Compensate,
     LowRank,
     Prune,
     Ranges,
     Rotate,
+    RotateResidual,
     Round,
+    ScaleChannels,
     SiteStep,
     Split,
     Step,
@@ -35,9 +38,12 @@ STEPS: list[Step] = [
     Compensate(ridge=0.5),
     LowRank(rank=2, epochs=3),
     Rotate(("attention_output",)),
+    RotateResidual(heads=False),
     TokenInput(search=False, clip_ratio=0.9),
     TensorInput(bits=8),
     Round(method="rtn", bits=3, group_size=8, clip=False),
+    ScaleChannels(("norm",), "aware", (0.0, 0.5), 4, 32, 8, 2),
+    ClipWeights(weight_bits=3, group_size=8, steps=4),
 ]
 
 
@@ -67,7 +73,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"step": 3}, "mapping"),
     ({"step": "rond"}, "did you mean 'round'"),
     ({"step": "clipp"}, "did you mean 'clip'"),
-    ({"step": "zzzz"}, "known are clip, compensate"),
+    ({"step": "zzzz"}, "known are clip, clip_weights, "),
     ({"step": "round", "method_": "rtn"}, "did you mean 'method'"),
     ({"step": "round", 3: "rtn"}, "no parameter 3"),
     ({"step": "round", "name": "x"}, "no parameter 'name'"),
@@ -93,6 +99,12 @@ WRONG: list[tuple[Any, str]] = [
     ({"step": "token_input", "clip_ratio": 0.0}, "clip_ratio"),
     ({"step": "compensate", "ridge": 0}, "ridge"),
     ({"step": "low_rank", "rank": 0}, "rank"),
+    ({"step": "scale_channels", "exponents": []}, "exponents"),
+    ({"step": "scale_channels", "exponents": [1.5]}, "between 0 and 1"),
+    ({"step": "scale_channels", "chunks": 0}, "chunks"),
+    ({"step": "scale_channels", "rule": "awq"}, "'smooth', 'aware'"),
+    ({"step": "clip_weights", "least": 0}, "least"),
+    ({"step": "clip_weights", "steps": 0}, "steps"),
 ]
 
 

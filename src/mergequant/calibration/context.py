@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from mergequant import ops
 from mergequant.calibration.chain import Chain, Role, check_finite
 from mergequant.calibration.store import ActivationStore
-from mergequant.errors import StructureError
-from mergequant.models import BlockStructure, Producer, Site
+from mergequant.errors import RecipeError, StructureError
+from mergequant.models import BlockStructure, NormRole, Producer, Site
 from mergequant.nn import QuantLinear
 from mergequant.solvers import GramSum, Solution
 from mergequant.transforms import FloatScheme, InputScheme
 
 __all__ = ["BlockContext", "SiteContext"]
+
+LARGEST_ROUNDING = 0.1  # relative, of a gain that is stored in 16 bits; beyond it the gain stays as it is
 
 
 class _Captured(Exception):  # noqa: N818
@@ -112,10 +114,57 @@ class BlockContext:
         path, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(path), leaf, module)
 
+    def scale_channels(self, site: Site, scale: Tensor) -> Tensor:
+        """Divide what feeds a site by a scale per channel and multiply its consumers' columns by it: nothing changes.
+
+        A norm stays a float norm, in the dtype that the model is stored in; its consumers make up for the rounding of
+        its gain. The prefix's values follow the value projection.
+
+        Args:
+            site: its consumers are still in floating point, and it has a norm or a producer.
+            scale: (width,), positive, equal for all channels that one producer row feeds.
+
+        Returns:
+            The scale that was applied (width,).
+
+        Raises:
+            StructureError: the site has nothing to move a scale to.
+        """
+        if site.norm is not None:
+            scale = self._scale_norm(site.norm, scale)
+        elif site.producer is not None:
+            channel = torch.tensor(site.producer.channel, device=scale.device)
+            rows = site.producer.rows
+            factor = torch.ones(rows.stop - rows.start, dtype=scale.dtype, device=scale.device)
+            factor[channel] = 1 / scale
+            self.absorb(site.producer, factor)
+            if site.kind == "attention_output":
+                self.absorb_in_prefix(factor)
+        else:
+            raise StructureError(f"{self.name}.{site.name}: no norm or linear in front of it can take up a scale")
+        for name in site.consumers:
+            self.linear(name).weight.detach().mul_(scale)
+        return scale
+
+    def _scale_norm(self, role: NormRole, scale: Tensor) -> Tensor:
+        module, stored = self.module.get_submodule(role.name), self.chain.shell.stored_dtype
+        gain, bias, weight = role.gain(module), role.bias(module), module.get_parameter("weight").detach()
+        wanted = gain / scale
+        role.set_gain(module, wanted)
+        exact = weight.clone()
+        weight.copy_(weight.to(stored))
+        lost = (role.gain(module) - wanted).abs() > LARGEST_ROUNDING * wanted.abs()  # 1 + weight, almost cancelled
+        weight.copy_(torch.where(lost, exact, weight))
+        applied = role.gain(module)
+        scale = torch.where(applied != 0, gain / applied, scale)
+        if bias is not None:
+            role.set_bias(module, bias / scale)
+        return scale
+
     def absorb(self, producer: Producer, factor: Tensor) -> None:
         """Multiply the rows of a producer by a factor each (rows,): exact, whether it is quantized already or not.
 
-        The prefix's values are outputs of the value projection and are multiplied with it.
+        The prefix's values are outputs of the value projection and are multiplied by `absorb_in_prefix`.
         """
         rows = producer.rows
         quantized = self.module.get_submodule(rows.linear)
@@ -127,6 +176,10 @@ class BlockContext:
                 module.weight[rows.start : rows.stop] *= factor[:, None].to(module.weight)
                 if module.bias is not None:
                     module.bias[rows.start : rows.stop] *= factor.to(module.bias)
+            for site in self.sites.values():  # a site that was opened before holds copies of its weights
+                for held in (site.weights, site.targets or {}):
+                    if rows.linear in held:
+                        held[rows.linear][rows.start : rows.stop] *= factor[:, None].to(held[rows.linear])
 
     def absorb_in_prefix(self, factor: Tensor) -> None:
         """Multiply the prefix's values by a factor per value row (kv_heads * width,)."""
@@ -158,6 +211,7 @@ class SiteContext:
     solutions: dict[str, Solution] = field(default_factory=dict)
     _inputs: ActivationStore | None = None
     _roles: list[Role] = field(default_factory=list)
+    _divisor: Tensor | None = None  # of the captured inputs
 
     def __post_init__(self) -> None:
         for name in self.site.consumers:
@@ -181,6 +235,7 @@ class SiteContext:
         if self._inputs is not None:
             self._inputs.close()
             self._inputs = None
+            self._divisor = None  # inputs that are captured from now on come scaled
 
     def rotate(self) -> None:
         """Rotate input and weights online by the Hadamard-like rotation of the width: (x R)(W R)^T = x W^T."""
@@ -188,14 +243,38 @@ class SiteContext:
             self.rotation = ops.rotation(self.site.width).name
             self.weights = {name: ops.hadamard_transform(weight) for name, weight in self.weights.items()}
 
+    @property
+    def can_scale(self) -> bool:
+        """Whether something in front of the site can take up a scale per channel."""
+        return self.site.norm is not None or self.site.producer is not None
+
+    def scale_channels(self, scale: Tensor) -> None:
+        """Divide the input channels by a scale (width,) and multiply the weight columns by it, in the block itself.
+
+        Raises:
+            RecipeError: the site is rotated, or its weights have been folded or corrected already.
+            StructureError: as `BlockContext.scale_channels`.
+        """
+        if self.rotation or self.targets is not None or not isinstance(self.scheme, FloatScheme):
+            raise RecipeError(
+                f"{self.name}: channels are scaled before their input is rotated or quantized; put the step that "
+                "scales them first"
+            )
+        self.open()
+        scale = self.block.scale_channels(self.site, scale)
+        self.weights = {name: weight * scale for name, weight in self.weights.items()}
+        self._divisor = scale if self._divisor is None else self._divisor * scale
+
     def chunks(self, role: Role = "calibration") -> Iterator[Tensor]:
-        """Float inputs (tokens, width) chunk by chunk, rotated if the site is."""
+        """Float inputs (tokens, width) chunk by chunk, scaled and rotated if the site is."""
         self.open()
         if self._inputs is None:
             raise StructureError(f"{self.name}: inputs were closed")
         for number, own in enumerate(self._roles):
             if own == role:
                 chunk = self._inputs[number]
+                if self._divisor is not None:
+                    chunk = chunk / self._divisor
                 yield ops.hadamard_transform(chunk) if self.rotation else chunk
 
     def sample(self, role: Role, tokens: int) -> Tensor:

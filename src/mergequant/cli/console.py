@@ -156,8 +156,8 @@ class _Clock(rich.progress.ProgressColumn):
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Tell a user who presses Ctrl-C how to go on.
+def resumable(out: Path, kept: str = "blocks that are done are kept beside") -> Iterator[None]:
+    """Tell a user who presses Ctrl-C how to go on; `kept` says what is kept, and where with regard to `out`.
 
     Raises:
         Interrupted: in place of KeyboardInterrupt.
@@ -166,8 +166,7 @@ def resumable(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; blocks that are done are kept beside {out}: the same command, with the same --out, goes on "
-            "after them"
+            f"interrupted; {kept} {out}: the same command, with the same --out, goes on after them"
         ) from None
 
 

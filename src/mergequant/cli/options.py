@@ -6,10 +6,8 @@ from typing import Any
 
 import click
 import torch
-import yaml
 
 from mergequant.assets import TINY
-from mergequant.errors import UsageError
 from mergequant.models.skeleton import local_folder
 from mergequant.steps import near_name
 
@@ -22,7 +20,6 @@ __all__ = [
     "dtype_option",
     "json_option",
     "model_folder",
-    "parse_settings",
     "samples_option",
     "seed_option",
     "seqlen_option",
@@ -115,30 +112,3 @@ def model_folder(text: str) -> Path:
         ModelError: there is none, with near names.
     """
     return TINY if text == BUNDLED and not Path(text).exists() else local_folder(text)
-
-
-def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """{"split": 0.0} from ("split=0.0",); values are YAML.
-
-    Raises:
-        UsageError: no "=", an empty key, or a value that is not YAML.
-    """
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--set {pair}: write key=value, for example --set split=0.1")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair}: the value is not YAML ({error})") from error
-        settings[key.strip()] = _number(value) if isinstance(value, str) else value
-    return settings
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 takes 1e-3 for a word; people do not."""
-    try:
-        return float(text) if text[:1] in "+-.0123456789" else text
-    except ValueError:
-        return text

@@ -19,7 +19,6 @@ from mergequant.cli.options import (
     device_option,
     json_option,
     model_folder,
-    parse_settings,
     samples_option,
     seed_option,
     seqlen_option,
@@ -28,6 +27,7 @@ from mergequant.data import parse_data
 from mergequant.eval import human_bytes
 from mergequant.pipeline import Plan, Quantized
 from mergequant.recipes import load_recipe
+from mergequant.recipes.settings import parse_settings
 
 __all__ = ["quantize"]
 

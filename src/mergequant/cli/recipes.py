@@ -9,9 +9,9 @@ from rich.table import Table
 
 from mergequant.cli.console import Output
 from mergequant.cli.group import Group
-from mergequant.cli.options import parse_settings
 from mergequant.recipes import list_recipes, load_recipe
 from mergequant.recipes.recipe import describe_recipe
+from mergequant.recipes.settings import parse_settings
 
 __all__ = ["recipes"]
 

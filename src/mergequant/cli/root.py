@@ -12,6 +12,7 @@ import click
 
 import mergequant
 from mergequant.cli.bench import bench
+from mergequant.cli.compare import compare
 from mergequant.cli.console import INTERRUPTED, quiet_libraries
 from mergequant.cli.demo import demo
 from mergequant.cli.eval import eval_command
@@ -76,5 +77,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (quantize, eval_command, generate, bench, recipes, demo):
+for command in (quantize, eval_command, compare, generate, bench, recipes, demo):
     main.add_command(command)

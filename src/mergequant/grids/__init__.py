@@ -2,7 +2,7 @@
 
 from mergequant.grids.integer import IntegerGrid
 from mergequant.grids.packing import container_bits, pack_codes, packed_width, unpack_codes
-from mergequant.grids.quantizer import AbsMax, ClipSearch, QTensor, Quantizer
+from mergequant.grids.quantizer import AbsMax, ClipSearch, QTensor, Quantizer, fitting_group
 
 __all__ = [
     "AbsMax",
@@ -11,6 +11,7 @@ __all__ = [
     "QTensor",
     "Quantizer",
     "container_bits",
+    "fitting_group",
     "pack_codes",
     "packed_width",
     "unpack_codes",

@@ -12,9 +12,22 @@ from mergequant.errors import UsageError
 from mergequant.grids.integer import IntegerGrid
 from mergequant.grids.packing import container_bits
 
-__all__ = ["AbsMax", "ClipSearch", "QTensor", "Quantizer"]
+__all__ = ["AbsMax", "ClipSearch", "QTensor", "Quantizer", "fitting_group"]
 
 SMALLEST_RANGE = 1e-35
+SMALLEST_SHARE = 4  # a group is not made smaller than this part of what was asked; then a row has one scale
+
+
+def fitting_group(width: int, group_size: int) -> int:
+    """The group size to use where `group_size` may not divide a row of `width` columns; 0 = a scale per row.
+
+    It is the largest divisor of the width up to `group_size`; 0 if that is the whole row, or less than a quarter of
+    what was asked, since scales would take more room than they are worth.
+    """
+    if group_size <= 0 or group_size >= width:
+        return 0
+    best = next(size for size in range(group_size, 0, -1) if width % size == 0)
+    return best if best * SMALLEST_SHARE >= group_size else 0
 
 
 @dataclass(frozen=True)

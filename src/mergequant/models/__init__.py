@@ -2,5 +2,15 @@
 
 from mergequant.models.roles import BlockStructure, NormRole, Producer, RowSlice, Site
 from mergequant.models.shell import ModelShell
+from mergequant.models.transform import ModelTransform, OutsideParts
 
-__all__ = ["BlockStructure", "ModelShell", "NormRole", "Producer", "RowSlice", "Site"]
+__all__ = [
+    "BlockStructure",
+    "ModelShell",
+    "ModelTransform",
+    "NormRole",
+    "OutsideParts",
+    "Producer",
+    "RowSlice",
+    "Site",
+]

@@ -21,10 +21,11 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from mergequant.errors import StructureError, UsageError, WeightsError
 from mergequant.models.discover import discover, draw_parameters
-from mergequant.models.probe import all_double
+from mergequant.models.probe import Run, all_double, identify_norm
 from mergequant.models.roles import BlockStructure
 from mergequant.models.skeleton import build_skeleton, causal_lm_class, check_config, local_folder, read_config
 from mergequant.models.structure import find_blocks
+from mergequant.models.transform import ModelTransform, OutsideParts, prove_transform
 from mergequant.models.weights import SafetensorsSource, StateDictSource, WeightSource
 
 __all__ = ["ModelShell"]
@@ -47,6 +48,8 @@ class ModelShell:
     max_positions  longest sequence that the config allows, or None
     final_norm_name, head_name   the norm after the last block (None if there is none) and the output projection
     unused         names in the source that belong to no parameter
+    transforms     what `apply` was given, in order; blocks go through them when they are loaded
+    untied_parameters   how many parameters `apply` added by giving a tied head a weight of its own
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class ModelShell:
         self.stored_dtype = self._most_common_dtype()
         self._materialise_outside()
         self.final_norm_name, self.head_name = self._find_tail()
+        self.transforms: list[ModelTransform] = []
+        self.untied_parameters = 0
 
     @classmethod
     def open(
@@ -109,14 +114,68 @@ class ModelShell:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def load_block(self, index: int) -> nn.Module:
-        """Put a fresh block with its float weights at `blocks[index]` and return it. Raises WeightsError."""
+    def load_block(self, index: int, *, transformed: bool = True) -> nn.Module:
+        """Put a fresh block with its float weights at `blocks[index]` and return it.
+
+        The weights go through `transforms` unless `transformed` is False (who replaces them all need not wait). Raises
+        WeightsError.
+        """
         block = self._copy(self._empty[index])
         for name, tensor in block.state_dict(keep_vars=True).items():
             _assign(block, name, self._read(f"{self.block_names[index]}.{name}", tensor))
         _move_buffers(block, self.device)
         self.blocks[index] = block
+        if transformed:
+            with torch.no_grad():
+                for transform in self.transforms:
+                    transform.block(index, block, self.structures[index])
         return block
+
+    @torch.no_grad()
+    def apply(self, transform: ModelTransform) -> float:
+        """Put all weights through a transform, after a proof in float64 that it keeps the model's function.
+
+        What surrounds the blocks is changed now, blocks when they are loaded. A tied head gets a weight of its own, and
+        the config says so. Embedding and head are kept in the dtype they are stored in, as the float model's were.
+
+        Returns the deviation of the proof. Raises StructureError (see `prove_transform`).
+        """
+        self._untie_head()
+        deviation = prove_transform(self, transform)
+        transform.outside(self.outside_parts())
+        for name, parameter in self.model.named_parameters():
+            if parameter is self.model.get_input_embeddings().weight or name == f"{self.head_name}.weight":
+                parameter.copy_(parameter.to(self.source.dtype(self._stored[name])))
+        self.transforms.append(transform)
+        return deviation
+
+    def outside_parts(self) -> OutsideParts:
+        """Embedding, final norm and head. Raises StructureError where they are not what a transform can change."""
+        embedding = self.model.get_input_embeddings()
+        head = self.model.get_submodule(self.head_name)
+        width = int(embedding.get_parameter("weight").shape[1])
+        role = None
+        if self.final_norm_name is not None:
+            norm = self.model.get_submodule(self.final_norm_name)
+            role = identify_norm(
+                self.final_norm_name, copy.deepcopy(norm).double(), width, torch.Generator().manual_seed(0)
+            )
+        if role is None or not isinstance(head, nn.Linear) or head.in_features != width:
+            raise StructureError(
+                f"{type(self.model).__name__} has no plain norm of the embedding's width {width} and linear head after "
+                "its blocks (a projected embedding, or another tail), so its residual stream cannot be transformed. "
+                "Choose a recipe that leaves it as it is: mergequant-plus, or gptq"
+            )
+        return OutsideParts(embedding, norm, role, head)
+
+    def _untie_head(self) -> None:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_submodule(self.head_name)
+        shared = embedding.get_parameter("weight")
+        if head._parameters.get("weight") is shared:
+            head._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+            self.untied_parameters += shared.numel()
+            for config in (self.config, self.config.get_text_config()):
+                config.tie_word_embeddings = False
 
     def release_block(self, index: int) -> None:
         """Put a fresh empty block at `blocks[index]`; the memory of the old one is free once nobody else holds it."""
@@ -315,11 +374,8 @@ class ModelShell:
         Found on float64 copies with random parameters from a fixed seed, so that it depends on the architecture alone;
         the masks and positions are the model's own. Raises StructureError (see `discover`).
         """
-        tokens = min(16, self.max_positions or 16)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocabulary, (2, tokens), generator=generator)
-        entering, calls = self.block_kwargs(ids)
-        hidden = torch.randn(entering.shape, dtype=torch.float64, generator=generator).to(self.device)
+        hidden, calls = self._probe_inputs(generator)
         found: dict[tuple[Any, ...], BlockStructure] = {}
         structures = []
         for empty, kwargs, name in zip(self._empty, calls, self.block_names):
@@ -329,15 +385,8 @@ class ModelShell:
             )
             if tree not in found:
                 block = draw_parameters(self._copy(empty), generator, self.device)
-                doubled = _doubled(kwargs)
-
-                def run(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any] = doubled) -> torch.Tensor:
-                    with torch.no_grad(), all_double():
-                        output = block(hidden, **kwargs)
-                    return output[0] if isinstance(output, tuple) else output
-
                 try:
-                    found[tree] = discover(block, hidden, run, name=name)
+                    found[tree] = discover(block, hidden, _runner(kwargs), name=name)
                 except RuntimeError as error:  # an operation without a float64 version, a kernel that wants a GPU, ...
                     raise StructureError(
                         f"{name} ({type(block).__name__}) cannot be run in float64 on {self.device}, which a proof of "
@@ -350,6 +399,18 @@ class ModelShell:
     def structure(self, index: int = 0) -> BlockStructure:
         """The proven structure of one block."""
         return self.structures[index]
+
+    def random_block(self, index: int, generator: torch.Generator) -> tuple[nn.Module, Run, torch.Tensor]:
+        """A copy of block `index` with random float64 parameters, what runs it, and hidden states (2, T, width)."""
+        hidden, calls = self._probe_inputs(generator)
+        block = draw_parameters(self._copy(self._empty[index]), generator, self.device)
+        return block, _runner(calls[index]), hidden
+
+    def _probe_inputs(self, generator: torch.Generator) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        tokens = min(16, self.max_positions or 16)
+        ids = torch.randint(self.vocabulary, (2, tokens), generator=generator)
+        entering, calls = self.block_kwargs(ids)
+        return torch.randn(entering.shape, dtype=torch.float64, generator=generator).to(self.device), calls
 
     @cached_property
     def _outputs(self) -> int:
@@ -436,6 +497,18 @@ def _named_arguments(
         if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
             bound |= bound.pop(name)
     return hidden, bound
+
+
+def _runner(kwargs: dict[str, Any]) -> Run:
+    """What runs a block in float64 with its other arguments."""
+    doubled = _doubled(kwargs)
+
+    def run(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), all_double():
+            output = block(hidden, **doubled)
+        return output[0] if isinstance(output, tuple) else output
+
+    return run
 
 
 def _doubled(value: Any) -> Any:

@@ -13,7 +13,7 @@ from mergequant.models import ModelShell
 from mergequant.nn import LinearSpec, NormSpec, QuantLinear, QuantNorm, build_module, spec_from_dict
 from mergequant.pipeline.clock import Clock
 from mergequant.recipes import Recipe
-from mergequant.steps import BlockStep, SiteStep, Step
+from mergequant.steps import BlockStep, ModelStep, SiteStep, Step
 
 __all__ = ["block_layers", "block_tensors", "outside_tensors", "quantize_block", "restore_block", "stored_as"]
 
@@ -99,7 +99,7 @@ def restore_block(shell: ModelShell, index: int, layers: dict[str, Any], tensors
         CheckpointError: tensors and descriptions do not make this block.
     """
     name = shell.block_names[index]
-    block = shell.load_block(index)
+    block = shell.load_block(index, transformed=False)  # all of it is replaced
     for full, spec in layers.items():
         if full.startswith(f"{name}."):
             path, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
@@ -121,6 +121,7 @@ def _set_out_dtype(module: QuantLinear | QuantNorm, dtype: torch.dtype) -> None:
 
 
 def _runs(steps: tuple[Step, ...]) -> Iterator[list[Step]]:
-    """Steps grouped into runs of block steps and runs of site steps."""
-    for _, group in groupby(steps, key=lambda step: isinstance(step, BlockStep)):
+    """Steps grouped into runs of block steps and runs of site steps; those of the whole model are done by now."""
+    acting = [step for step in steps if not isinstance(step, ModelStep)]
+    for _, group in groupby(acting, key=lambda step: isinstance(step, BlockStep)):
         yield list(group)

@@ -90,7 +90,7 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
             acting = [step for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site)]
             linears = {name: shapes[f"{name}.weight"] for name in site.consumers}
             names = tuple(step.name for step in acting)
-            scheme = _weight_scheme(acting), _input_scheme(acting)
+            scheme = _weight_scheme(acting, site.width), _input_scheme(acting)
             sites.append(SitePlan(block, site.name, site.kind, linears, names, *scheme, site.producer is not None))
             if not any(step.applies_to(site) for step in rounding):
                 kept |= {f"{block}.{name}": "no rounding step acts on its site" for name in linears}
@@ -114,7 +114,7 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
         recipe.name,
         tuple(sites),
         kept,
-        outside + in_blocks,
+        outside + in_blocks - shell.untied_parameters,
         linear_parameters,
         int(peak),
         int(stored),
@@ -123,11 +123,12 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     )
 
 
-def _weight_scheme(acting: Sequence[SiteStep]) -> str:
+def _weight_scheme(acting: Sequence[SiteStep], width: int) -> str:
     last = next((step for step in reversed(acting) if isinstance(step, Round)), None)
     if last is None:
         return "float"
-    return f"int{last.bits} {f'groups of {last.group_size}' if last.group_size else 'per row'}, {last.method}"
+    group = last.group_of(width)
+    return f"int{last.bits} {f'groups of {group}' if group else 'per row'}, {last.method}"
 
 
 def _input_scheme(acting: Sequence[SiteStep]) -> str:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
@@ -59,8 +59,9 @@ from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
 from mergequant.pipeline.verify import verify_checkpoint
 from mergequant.recipes import Recipe, load_recipe
+from mergequant.steps import ModelStep
 
-__all__ = ["Quantized", "Reporter", "plan", "quantize"]
+__all__ = ["Quantized", "Reporter", "Silent", "code_digest", "plan", "quantize"]
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 512
@@ -144,6 +145,7 @@ def plan(
     """What `quantize` would do, without reading the blocks' weights or any data. Errors as `quantize`."""
     chosen = _recipe(recipe, settings)
     shell = ModelShell.open(model)
+    transform_model(shell, chosen, seed=0)
     seqlen = _seqlen(seqlen, shell)
     return make_plan(shell, shell.structures, chosen, samples + _held_out(samples) + VERIFY_WINDOWS, seqlen)
 
@@ -194,6 +196,7 @@ def quantize(
     shell = ModelShell.open(model, device=device)
     structures = shell.structures
     _check_sites(chosen, structures, shell)
+    transform_model(shell, chosen, seed)
     seqlen = _seqlen(seqlen, shell)
     if samples < 1:
         raise UsageError(f"--samples {samples}: calibration needs at least one window")
@@ -246,7 +249,7 @@ class _Job:
             "held_out": self.held_out.fingerprint,
             "seed": self.seed,
             "device": self.shell.device.type,
-            "code": _code_digest(),
+            "code": code_digest(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -335,6 +338,13 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
     return {"layers": layers, "sites": figures, "prefix": prefix_states, "kv": kv}
 
 
+def transform_model(shell: ModelShell, recipe: Recipe, seed: int) -> None:
+    """Apply the recipe's changes of the whole model, each proven in float64 first. Raises StructureError."""
+    for step in recipe.steps:
+        if isinstance(step, ModelStep):
+            shell.apply(step.transform(shell, seed))
+
+
 def _recipe(recipe: str | Recipe, settings: Mapping[str, Any] | None) -> Recipe:
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     return chosen.with_settings(settings) if settings else chosen
@@ -393,7 +403,9 @@ def _draw(
     )
 
 
-def _code_digest() -> str:
+@cache
+def code_digest() -> str:
+    """sha256 (hex) of the package's own sources, as they were when a process first asked."""
     root = Path(mergequant.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

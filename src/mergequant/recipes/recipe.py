@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mergequant.errors import RecipeError
-from mergequant.steps import Step, fitting, near_name, step_from_dict
+from mergequant.steps import ModelStep, Step, fitting, near_name, step_from_dict
 
 __all__ = [
     "Figure",
@@ -61,6 +61,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.steps:
             raise RecipeError(f"recipe {self.name!r} has no steps")
+        whole = [isinstance(step, ModelStep) for step in self.steps]
+        if whole != sorted(whole, reverse=True):
+            late = next(step.name for step, on_model in reversed(list(zip(self.steps, whole))) if on_model)
+            raise RecipeError(f"recipe {self.name!r}: step {late!r} changes the whole model; put it before all others")
         if isinstance(self.prefix, str) and self.prefix not in PREFIX_WORDS:
             raise RecipeError(f"recipe {self.name!r}: prefix {self.prefix!r}{near_name(self.prefix, PREFIX_WORDS)}")
         if not self.prefix:

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from mergequant.calibration import BlockContext, SiteContext
 from mergequant.errors import RecipeError
-from mergequant.models import Site
+from mergequant.models import ModelShell, ModelTransform, Site
 from mergequant.models.roles import SiteKind
 
-__all__ = ["ALL_SITES", "BlockStep", "SiteStep", "Step", "fitting", "near_name", "step_from_dict"]
+__all__ = ["ALL_SITES", "BlockStep", "ModelStep", "SiteStep", "Step", "fitting", "near_name", "step_from_dict"]
 
 ALL_SITES: tuple[SiteKind, ...] = get_args(SiteKind)
 _STEPS: dict[str, type["Step"]] = {}
@@ -73,6 +73,15 @@ class BlockStep(Step, ABC):
     @abstractmethod
     def run(self, context: BlockContext) -> None:
         """Act on one block."""
+
+
+@dataclass(frozen=True)
+class ModelStep(Step, ABC):
+    """A function-preserving change of the whole float model, before any block is quantized. These come first."""
+
+    @abstractmethod
+    def transform(self, shell: ModelShell, seed: int) -> ModelTransform:
+        """The change, for one model; `seed` is the run's. Raises StructureError, naming a recipe that works."""
 
 
 def step_from_dict(data: Any, where: str) -> Step:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mergequant.calibration import SiteContext
 from mergequant.errors import RecipeError
-from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, Quantizer, pack_codes
+from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, Quantizer, fitting_group, pack_codes
 from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
 from mergequant.solvers import Solution, gptq, invert_hessian, rtn
 from mergequant.steps.base import SiteStep
@@ -29,6 +29,8 @@ class Round(SiteStep):
         method: "gptq" or "rtn".
         bits: bits of the weight codes.
         group_size: columns per weight scale; 0 = a scale per row. Only for float inputs.
+        fit_groups: where the group size does not divide a width, take a smaller one that does, or a scale per row
+            (`grids.fitting_group`), instead of refusing.
         clip: search the range of each row (exponent `clip_norm`); else absmax.
         damping, activation_order: as in GPTQ.
     """
@@ -41,6 +43,11 @@ class Round(SiteStep):
     clip_norm: float = 2.4
     damping: float = 0.01
     activation_order: bool = True
+    fit_groups: bool = False
+
+    def group_of(self, width: int) -> int:
+        """Group size for a row of `width` columns; 0 = a scale per row."""
+        return fitting_group(width, self.group_size) if self.fit_groups else self.group_size
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
@@ -56,7 +63,8 @@ class Round(SiteStep):
         if context.targets is None:
             context.targets = {name: scheme.fold(weight) for name, weight in context.weights.items()}
         search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
-        quantizer = Quantizer(IntegerGrid(self.bits), self.group_size or None, search)
+        group_size = self.group_of(context.site.width)
+        quantizer = Quantizer(IntegerGrid(self.bits), group_size or None, search)
         inverse = None
         if self.method == "gptq":
             gram = context.gram().total
@@ -70,7 +78,7 @@ class Round(SiteStep):
             context.solutions[name] = solution.rows(first, first + target.shape[0])
             first += target.shape[0]
         context.report(output_error=held_out_error(context))
-        replace_modules(context, self.bits, self.group_size)
+        replace_modules(context, self.bits, group_size)
 
 
 def held_out_error(context: SiteContext, tokens: int = 2048) -> float:
