@@ -93,7 +93,7 @@ def test_seconds_when_the_best_plan_was_measured_expect_its_time(row) -> None:
     problem = row["tokens"], row["channels"], row["width"]
     plans = {str(plan): plan for plan in configurations(*problem, SMS)}
     best = min(row["us"], key=row["us"].get)
-    assert seconds(plans[best], *problem, 4, SMS) == pytest.approx(row["us"][best] * 1e-6, rel=0.05)
+    assert seconds(plans[best], *problem, 4, SMS) == pytest.approx(row["us"][best] * 1e-6, rel=0.07)
 
 
 @pytest.mark.parametrize("weight_bits", [4, 8])

@@ -126,18 +126,29 @@ MQ_DEVICE Channel load_channel(const float* scales, const float* biases, int cha
     return {inside ? scales[channel] : 0.0f, inside && biases ? biases[channel] : 0.0f};
 }
 
-// Register operands of half a block (two k-steps of 32) for one warp's 16 channels, from a weight tile.
-MQ_DEVICE void load_weights(u32 (&a)[2][4], u32 tile, int half, int warp, int lane) {
+// Weights of half a block (two k-steps of 32) for one warp's 16 channels, as they lie in a weight tile.
+struct Packed {
+    U4 words[WEIGHT_BITS / 4];
+};
+MQ_DEVICE Packed load_weights(u32 tile, int half, int warp, int lane) {
     constexpr int STEP = 2048;  // 4 warps x 32 lanes x 16 bytes
     const u32 at = tile + half * (TILE_BYTES / 2) + warp * 512 + lane * 16;
-    const U4 p = load_shared(at);
+    Packed packed;
+#pragma unroll
+    for (int i = 0; i < WEIGHT_BITS / 4; ++i) packed.words[i] = load_shared(at + i * STEP);
+    return packed;
+}
+
+// Register operands from them.
+MQ_DEVICE void unpack(u32 (&a)[2][4], const Packed& packed) {
+    const U4 p = packed.words[0];
     if constexpr (WEIGHT_BITS == 4) {
         a[0][0] = low_nibbles_x16(p.x), a[0][1] = low_nibbles_x16(p.y);
         a[0][2] = low_nibbles_x16(p.z), a[0][3] = low_nibbles_x16(p.w);
         a[1][0] = high_nibbles_x16(p.x), a[1][1] = high_nibbles_x16(p.y);
         a[1][2] = high_nibbles_x16(p.z), a[1][3] = high_nibbles_x16(p.w);
     } else {
-        const U4 q = load_shared(at + STEP);
+        const U4 q = packed.words[1];
         a[0][0] = p.x, a[0][1] = p.y, a[0][2] = p.z, a[0][3] = p.w;
         a[1][0] = q.x, a[1][1] = q.y, a[1][2] = q.z, a[1][3] = q.w;
     }
@@ -305,12 +316,22 @@ gemm_prefill(const __grid_constant__ TensorMap codes_map,  // (tokens, k) int8, 
         u32 a[2][OWN][2][4];  // register operands: while one set multiplies, the other is filled
         Ring ring;
 
-        // Half a block: unpack its weights, then start its multiplications.
-        auto multiply = [&](u32 (&operand)[OWN][2][4], int part, int add) {
-            const u32 weights = weights_at + (ring.slot * GROUPS + half * OWN) * TILE_BYTES;
+        // Half a block's weights, as they are. In small tiles, 4-bit ones come ahead of a wait for multiplications, so
+        // that shared memory's latency lies beneath it; large tiles multiply long enough to hide it anyway. 8-bit ones
+        // are operands as they are, whose registers are in use until after the wait.
+        constexpr bool AHEAD = WEIGHT_BITS == 4 && TOKENS * CHANNELS <= 128 * 128;
+        Packed packed[OWN];
+        auto fetch = [&](int slot, int part) {
+            const u32 weights = weights_at + (slot * GROUPS + half * OWN) * TILE_BYTES;
 #pragma unroll
-            for (int g = 0; g < OWN; ++g) load_weights(operand[g], weights + g * TILE_BYTES, part, warp, lane);
-            const u64 codes = wgmma_descriptor(codes_at + ring.slot * CODE_BYTES) + part * 4;
+            for (int g = 0; g < OWN; ++g) packed[g] = load_weights(weights + g * TILE_BYTES, part, warp, lane);
+        };
+        // Unpacks them, and starts their multiplications.
+        auto multiply = [&](u32 (&operand)[OWN][2][4], int slot, int part, int add) {
+            if constexpr (!AHEAD) fetch(slot, part);
+#pragma unroll
+            for (int g = 0; g < OWN; ++g) unpack(operand[g], packed[g]);
+            const u64 codes = wgmma_descriptor(codes_at + slot * CODE_BYTES) + part * 4;
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 2; ++step)
@@ -321,20 +342,23 @@ gemm_prefill(const __grid_constant__ TensorMap codes_map,  // (tokens, k) int8, 
                 }
             wgmma_commit();
         };
-        auto release = [&](int slot) {
+        // Without a branch: with one between a fetch and its multiplications, the assembler serializes wgmma.
+        auto release = [&](int slot, bool used) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty(slot));
+            barrier_arrive_if(empty(slot), used && lane == 0);
         };
 
         for (Piece piece; schedule.next(piece);) {
             int previous = 0;
             for (int block = piece.first; block < piece.last; ++block) {
                 barrier_wait(full(ring.slot), ring.phase);
-                multiply(a[0], 0, block > piece.first);
+                if constexpr (AHEAD) fetch(ring.slot, 0);
+                wgmma_wait<1>();  // the first half of the previous block is done, its operands are free
+                multiply(a[0], ring.slot, 0, block > piece.first);
+                if constexpr (AHEAD) fetch(ring.slot, 1);
                 wgmma_wait<1>();  // the second half of the previous block is done, its slot is free
-                if (block > piece.first) release(previous);
-                multiply(a[1], 1, 1);
-                wgmma_wait<1>();
+                release(previous, block > piece.first);
+                multiply(a[1], ring.slot, 1, 1);
                 previous = ring.slot;
                 ring.advance();
             }
@@ -348,7 +372,7 @@ gemm_prefill(const __grid_constant__ TensorMap codes_map,  // (tokens, k) int8, 
                 lower[g] = load_channel(weight_scale, bias, channel + 8, channels);
             }
             wgmma_wait<0>();
-            release(previous);
+            release(previous, true);
 
             auto quads = [&](int range) {
                 return partials + ((range * 2 + half) * OWN * WORDS * WARPGROUP + thread * 4);

@@ -14,8 +14,8 @@ from mergequant.ops.overlap import overlaps
 __all__ = ["Division", "append", "append_unit", "attend", "attention_unit", "choose", "configurations"]
 
 APPEND, ATTENTION = "kv_append", "kv_attention"  # kernels, and stems of their sources
-FEW_APPEND_THREADS, MANY_APPEND_THREADS = 128, 512  # for one token in a row, and for more
-APPEND_SLOTS = 32  # of a block
+ONE_APPEND_THREADS = 128  # for one token in a row; for more, lanes of APPEND_CHANNELS own a token of APPEND_SLOTS
+APPEND_SLOTS, APPEND_CHANNELS = 32, 8
 CHUNK_BYTES = 4096  # of keys, and of values, that a warp takes at once
 MOST_CHUNK = 64  # slots
 WARP_CHOICES = (2, 4, 8)
@@ -52,14 +52,13 @@ def append_unit(width: int, group: int, bits: int, dtype: torch.dtype, one: bool
             ("MQ_GROUP", group),
             ("MQ_FLOAT16", int(dtype == torch.float16)),
             ("MQ_ONE", int(one)),
-            ("MQ_THREADS", append_threads(width, bits, one)),
         ),
     )
 
 
-def append_threads(width: int, bits: int, one: bool) -> int:
-    """Threads of a block of the append kernel: no more than there are words of a group of slots to write."""
-    return FEW_APPEND_THREADS if one else min(MANY_APPEND_THREADS, width * bits)
+def append_threads(width: int, one: bool) -> int:
+    """Threads of a block of the append kernel; the same formula as in the kernel."""
+    return ONE_APPEND_THREADS if one else APPEND_SLOTS * width // 2 // APPEND_CHANNELS
 
 
 def attention_unit(
@@ -142,7 +141,7 @@ def append(
     groups = (tokens + APPEND_SLOTS - 2) // APPEND_SLOTS + 1
     kernel(unit, APPEND, qkv.device).launch(
         (key_heads, groups, rows),
-        append_threads(width, bits, tokens == 1),
+        append_threads(width, tokens == 1),
         (
             qkv,
             cos,

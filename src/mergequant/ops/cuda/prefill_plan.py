@@ -19,22 +19,22 @@ REMEMBERED = 4096  # problems whose plan is kept
 LEAST_RANGE = 4  # k-blocks of a program's share of divided tiles; shorter ones cost more than they hide
 
 # The model of one multiprocessor, fitted to every plan of the linear layers of Llama-2-7B with 4-bit weights and 64 ..
-# 2048 tokens (NVIDIA H200, launches overlapped). It meets the plans within 10 % of the best to 3 % (root mean square),
-# and what it chose took at most 2 % longer than the best. 8-bit weights, other shapes and other chips are extrapolated.
+# 2048 tokens (NVIDIA H200, launches overlapped). It meets the plans within 10 % of the best to 4 % (root mean square),
+# and what it chose took at most 3 % longer than the best. 8-bit weights, other shapes and other chips are extrapolated.
 CLOCK = 1.7e9  # under the power limit
 MULTIPLIES = 4096  # int8 multiply-adds of a cycle
 # Each half of a block waits for its operands to be unpacked while only the other half multiplies. In small tiles that
 # is not enough to hide it: half of the multiplications and these cycles of a block follow one another.
-BLOCK_CYCLES, GROUP_CYCLES = 200, 55  # of a block, and of every 64 channels in it
+BLOCK_CYCLES, GROUP_CYCLES = 150, 70  # of a block, and of every 64 channels in it
 CACHE_WIDTH = 45  # bytes of a cycle that L2 delivers
 # For each of those bytes: moving them takes power, so the clock falls. Seen in launches of 0.2 ms and more only, where
 # it decides between 128 x 256 and 256 x 128; times there vary by as much as what it adds.
 CACHE_SECONDS = 1.5e-13
-TILE_SECONDS = 1.0e-6  # of a tile beside its blocks: results to memory, and nothing multiplies meanwhile
+TILE_SECONDS = 0.8e-6  # of a tile beside its blocks: results to memory, and nothing multiplies meanwhile
 # A tile's sums are exchanged: by each program that has a part, wait and writing or reading of an int32.
 EXCHANGE_SECONDS, SUM_SECONDS = 0.4e-6, 5.5e-11
 DIVIDED = 1.02  # of a block: programs that stand at different k share less of what they load
-LAUNCH_SECONDS, FIRST_SECONDS = 2.35e-6, 0.3e-6  # start and end of a launch; first weights of every 128 channels
+LAUNCH_SECONDS, FIRST_SECONDS = 2.7e-6, 0.3e-6  # start and end of a launch; first weights of every 128 channels
 AHEAD_SECONDS = 1.3e-6  # of it hidden where the next launch finds as many idle multiprocessors as it needs
 
 

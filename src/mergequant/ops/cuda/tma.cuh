@@ -25,6 +25,11 @@ MQ_DEVICE void barrier_init_fence() {
 MQ_DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+MQ_DEVICE void barrier_arrive_if(u32 barrier, bool condition) {  // predicated: no branch
+    asm volatile("{.reg .pred p;\n setp.ne.s32 p, %1, 0;\n @p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier),
+                 "r"(static_cast<i32>(condition))
+                 : "memory");
+}
 // Arrive and announce `bytes` that copies will deliver in this phase.
 MQ_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
