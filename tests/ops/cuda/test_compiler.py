@@ -59,3 +59,14 @@ def test_fingerprint_when_anything_changes_expect_another_one(sources) -> None:
     others.add(fingerprint(unit(), "sm_90a"))
     assert len(others) == 4
     assert first not in others
+
+
+def test_bytes_when_a_result_is_one_byte_expect_no_object_that_others_share_written_to() -> None:
+    """Python keeps one object for each `bytes` of length 1; writing into it would change it for everybody."""
+
+    def read(program: object, buffer: bytearray) -> tuple[int]:
+        buffer[0] = 0
+        return (0,)
+
+    assert compiler._bytes(lambda program: (0, 1), read, None) == b"\0"
+    assert bytes([32]) * 3 == b"   "

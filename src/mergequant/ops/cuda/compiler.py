@@ -127,9 +127,10 @@ def _bindings() -> Any:
 def _bytes(size: Any, read: Any, program: Any) -> bytes:
     status, count = size(program)
     _check(status, "NVRTC gives no result")
-    buffer = b" " * count  # the bindings write into it
+    # The bindings write into it. Never into `bytes`: those of one byte (an empty log) are shared by the whole process.
+    buffer = bytearray(count)
     _check(read(program, buffer)[0], "NVRTC gives no result")
-    return buffer
+    return bytes(buffer)
 
 
 def _check(status: Any, what: str) -> None:
