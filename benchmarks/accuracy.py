@@ -1,13 +1,14 @@
 """Accuracy of the recipes and of each ingredient, on a trained model, with several calibration seeds.
 
     python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
-        [--suite main|ablations|all|kv] [--only LABEL ...] [--seeds 3] [--windows 24] [--device cuda] [--workers 4]
-        [--work DIR] --out RESULTS.json
+        [--suite main|ablations|all|kv|family] [--only LABEL ...] [--seeds 3] [--windows 24]
+        [--device cuda] [--workers 4] [--work DIR] --out RESULTS.json
 
 Suites of recipes for `mergequant.compare`, which runs them: 128 calibration windows of 512 tokens, and the first
 windows of each evaluation text, with BOS, beside the float model. D is the increase of the mean negative log-likelihood
 over the float model in nats. RESULTS.json gains a row per run; runs that are there already are skipped, and an
-interrupted one goes on in the folder --work.
+interrupted one goes on in the folder --work. A recipe that is not registered, or has no such setting, is left out, and
+the reason is printed and kept. Cells of a model are spread over --workers processes, those of slow recipes first.
 The suite `kv` scores each checkpoint with keys and values of 16, 8 and 4 bits: every token attends to what comes out of
 the quantized cache, as while text is generated. Its rows go into a file of their own.
 `benchmarks/render.py` makes the tables of docs/results.md from such files.
@@ -22,44 +23,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import mergequant
-from mergequant.recipes import get_recipe
+from suites import KV_BITS, SLOW, SUITES, Suite
 
-PLUS = "mergequant-plus"
-MAIN: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq W4A16": ("gptq", {}),
-    "gptq W4A4 per token": ("gptq", {"activation_bits": 4}),
-    "rtn W4A4 per token": ("rtn", {}),
-    "mergequant": ("mergequant", {}),
-    "mergequant-plus": (PLUS, {}),
-    "mergequant-plus, o/d int8 by QSM": (PLUS, {"other": "static", "other_bits": 8}),
-    "mergequant-w4a8": ("mergequant-w4a8", {}),
-}
-ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mergequant: 5 % split everywhere": ("mergequant", {"split": 0.05}),
-    "mergequant: no split": ("mergequant", {"split": 0.0}),
-    "mergequant: no clip": ("mergequant", {"clip": "none"}),
-    "mergequant: no compensation": ("mergequant", {"compensation": "none"}),
-    "mergequant: low-rank compensation": ("mergequant", {"compensation": "low_rank"}),
-    "mergequant: RTN instead of GPTQ": ("mergequant", {"rounding": "rtn"}),
-    "plus: no split": (PLUS, {"split": 0.0}),
-    "plus: no clip": (PLUS, {"clip": "none"}),
-    "plus: no stagger": (PLUS, {"stagger": False}),
-    "plus: RTN instead of GPTQ": (PLUS, {"rounding": "rtn"}),
-    "plus: prune instead of pad": (PLUS, {"width": "prune"}),
-    "plus: no prefix": (PLUS, {"prefix": "none", "allow_no_prefix": True}),
-    "plus: no compensation": (PLUS, {"compensation": "none"}),
-    "plus: low-rank compensation": (PLUS, {"compensation": "low_rank"}),
-    "plus: pad 128": (PLUS, {"tile": 128}),
-    "plus: o/d Hadamard with token scales, no prefix": (PLUS, {"other": "hadamard", "prefix": "none"}),
-    "plus: o/d int4 by QSM": (PLUS, {"other": "static"}),
-    "w4a8: no split": ("mergequant-w4a8", {"split": 0.0}),
-    "w4a8: no prefix": ("mergequant-w4a8", {"prefix": "none", "allow_no_prefix": True}),
-    "w4a8: o/d by QSM, no Hadamard": ("mergequant-w4a8", {"other": "static"}),
-}
-KV: dict[str, tuple[str, dict[str, Any]]] = {"mergequant-w4a8": MAIN["mergequant-w4a8"], PLUS: MAIN[PLUS]}
-SUITES = {"main": MAIN, "ablations": ABLATIONS, "all": {**MAIN, **ABLATIONS}, "kv": KV}
-KV_BITS = {"kv": (16, 8, 4)}  # of other suites: 16 only
+import mergequant
+from mergequant.cli.console import quiet_libraries
+from mergequant.comparison.papers import paper_increase
+from mergequant.errors import RecipeError
+from mergequant.recipes import Recipe, get_recipe
+
 SAMPLES, SEQLEN = 128, 512
 
 
@@ -74,16 +45,17 @@ class Lines:
         """Nothing."""
 
 
-def rows_of(report: mergequant.Comparison, suite: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows_of(report: mergequant.Comparison, suite: Suite) -> list[dict[str, Any]]:
     """Rows of the results from the cells of a comparison."""
     rows = []
-    for cell in report.cells:
+    for cell in sorted(report.cells, key=lambda cell: (cell["recipe"], cell["seed"])):
         if cell["reason"]:
             print(f"{cell['model']:12} {cell['recipe']:40} refused: {cell['reason']}", flush=True)
             continue
         recipe, settings = suite[cell["recipe"]]
         row = {"model": cell["model"], "label": cell["recipe"], "recipe": recipe, "settings": settings}
-        row |= {key: cell[key] for key in ("seed", "seconds", "kv_bits")}
+        row |= {key: cell[key] for key in ("seed", "seconds", "kv_bits", "activation_bits", "peak_memory_bytes")}
+        row["device"] = machine(report)["device"]
         row |= {key: round(cell[key], 4) for key in ("linear_bits_per_parameter", "bits_per_parameter")}
         row["eval"] = {
             name: {
@@ -116,6 +88,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="folder of checkpoints and cells")
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
+    quiet_libraries()
     suite = SUITES[arguments.suite]
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     done = {(row["model"], row["label"], row["seed"], row.get("kv_bits", 16)) for row in known["rows"]}
@@ -123,38 +96,81 @@ def main() -> None:
         "calibration": f"{SAMPLES} x {SEQLEN} tokens of {Path(arguments.calibration).name}",
         "evaluation": f"first {arguments.windows} windows of {SEQLEN} tokens with BOS of each text",
     }
-    known["order"] = list(SUITES["kv" if arguments.suite == "kv" else "all"])
+    known["order"] = list(SUITES["all" if arguments.suite in ("main", "ablations") else arguments.suite])
     known["command"] = "python benchmarks/accuracy.py " + " ".join(
         f"--{key} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
         for key, value in vars(arguments).items()
         if key in ("suite", "seeds", "windows", "device", "workers") and value is not None
     )
-    for seed, path, bits in product(range(arguments.seeds), arguments.model, KV_BITS.get(arguments.suite, (16,))):
-        recipes = {
-            label: get_recipe(recipe).with_settings(settings)
-            for label, (recipe, settings) in suite.items()
-            if (Path(path).name, label, seed, bits) not in done and (not arguments.only or label in arguments.only)
-        }
-        if not recipes:
+    recipes = available(suite, known)
+    for path, bits in product(arguments.model, KV_BITS.get(arguments.suite, (16,))):
+        model = Path(path).name
+        for seeds, labels in missing(suite, arguments, model, bits, done, recipes).items():
+            print(f"{model}: {len(labels)} recipes, seeds {', '.join(map(str, seeds))}", flush=True)
+            report = mergequant.compare(
+                path,
+                {label: recipes[label] for label in labels},
+                data=arguments.calibration,
+                evaluation={Path(text).stem: text for text in arguments.eval},
+                seeds=list(seeds),
+                out=arguments.work / model,
+                samples=SAMPLES,
+                seqlen=SEQLEN,
+                windows=arguments.windows,
+                kv_bits=bits,
+                device=arguments.device,
+                workers=arguments.workers,
+                reporter=Lines(),
+            )
+            known["machine"] = machine(report)
+            known["rows"] += rows_of(report, suite)
+            refused = known.setdefault("refused", {}).setdefault(model, {})
+            for row in report.rows():
+                refused.pop(row["recipe"], None)
+                if row["reason"]:
+                    refused[row["recipe"]] = row["reason"]
+            write(arguments.out, known)
+    write(arguments.out, known)
+
+
+def available(suite: Suite, known: dict[str, Any]) -> dict[str, Recipe]:
+    """Recipes of a suite that this release has, by label; the others are printed and noted, with the reason."""
+    found, known["left_out"], known["expected"] = {}, {}, {}
+    for label, (name, settings) in suite.items():
+        try:
+            found[label] = recipe = get_recipe(name).with_settings(settings)
+        except RecipeError as error:
+            known["left_out"][label] = str(error)
+            print(f"left out: {label}: {error}", file=sys.stderr, flush=True)
             continue
-        report = mergequant.compare(
-            path,
-            recipes,
-            data=arguments.calibration,
-            evaluation={Path(text).stem: text for text in arguments.eval},
-            seeds=[seed],
-            out=arguments.work,
-            samples=SAMPLES,
-            seqlen=SEQLEN,
-            windows=arguments.windows,
-            kv_bits=bits,
-            device=arguments.device,
-            workers=arguments.workers,
-            reporter=Lines(),
-        )
-        known["machine"] = machine(report)
-        known["rows"] += rows_of(report, suite)
-        arguments.out.write_text(json.dumps(known, indent=1) + "\n")
+        known["expected"][name] = [
+            {**vars(figure), "nll_increase": paper_increase(figure)} for figure in recipe.expected
+        ]
+    return found
+
+
+def missing(
+    suite: Suite,
+    arguments: argparse.Namespace,
+    model: str,
+    bits: int,
+    done: set[tuple[str, str, int, int]],
+    recipes: Mapping[str, Recipe],
+) -> dict[tuple[int, ...], list[str]]:
+    """Labels that are still to be run, by the seeds that they lack; slow recipes first."""
+    wanted: dict[tuple[int, ...], list[str]] = {}
+    for label in sorted(recipes, key=lambda label: suite[label][0] not in SLOW):
+        seeds = tuple(seed for seed in range(arguments.seeds) if (model, label, seed, bits) not in done)
+        if seeds and (not arguments.only or label in arguments.only):
+            wanted.setdefault(seeds, []).append(label)
+    return wanted
+
+
+def write(path: Path, known: dict[str, Any]) -> None:
+    """Write the results so that an interrupted write loses nothing."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(known, indent=1) + "\n")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family
+from family import GOAL_TEXT, mean_and_spread
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SECTION = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-GOAL_TEXT = "wikitext2_test"
 # Increase of the mean NLL on `ref` and `ref_outlier`: to accept, to aim for, and beyond (None: not set).
 GOALS: dict[str, tuple[tuple[float | None, float | None], ...]] = {
     "gptq W4A16": ((0.022, 0.028), (0.015, 0.023), (None, None)),
@@ -39,22 +41,27 @@ def table(runs: dict[str, Any]) -> str:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     labels.sort(key=runs["order"].index)
     columns = [f"{model}, {text}" for model in models for text in texts]
-    lines = ["| recipe | " + " | ".join(columns) + " | KL | top-1 | linear bits |"]
-    lines.append("|---|" + "---|" * (len(columns) + 3))
+    more = all("activation_bits" in row for row in rows)  # runs of before have no such figures
+    lines = ["| recipe | " + " | ".join(columns) + " | KL | top-1 | linear bits |" + " act bits | s |" * more]
+    lines.append("|---|" + "---|" * (len(columns) + 3 + 2 * more))
     floats = {(row["model"], text): row["eval"][text]["float_perplexity"] for row in rows for text in texts}
     shown = " | ".join(f"ppl {floats[model, text]:.2f}" for model in models for text in texts)
-    lines.append(f"| float | {shown} | - | - | 16 |")
+    lines.append(f"| float | {shown} | - | - | 16 |" + " 16 | - |" * more)
     for label in labels:
         own = [row for row in rows if row["label"] == label]
         cells = []
         for model in models:
             for text in texts:
                 values = [row["eval"][text]["d"] for row in own if row["model"] == model]
-                cells.append(_mean_and_spread(values))
+                cells.append(mean_and_spread(values))
         kl = " / ".join(_of_model(own, model, texts[0], "kl_mean", "{:.3f}") for model in models)
         top = " / ".join(_of_model(own, model, texts[0], "top1_agreement", "{:.1%}") for model in models)
         bits = statistics.mean(row["linear_bits_per_parameter"] for row in own)
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {kl} | {top} | {bits:.2f} |")
+        line = f"| {label} | " + " | ".join(cells) + f" | {kl} | {top} | {bits:.2f} |"
+        if more:
+            widths, times = ([row[key] for row in own] for key in ("activation_bits", "seconds"))
+            line += f" {statistics.mean(widths):.1f} | {statistics.mean(times):.0f} |"
+        lines.append(line)
     return "\n".join([*lines, "", _protocol(runs, models, texts)]) + "\n"
 
 
@@ -75,14 +82,6 @@ def _protocol(runs: dict[str, Any], models: list[str], texts: list[str]) -> str:
 def _of_model(rows: list[dict[str, Any]], model: str, text: str, key: str, form: str) -> str:
     values = [row["eval"][text][key] for row in rows if row["model"] == model]
     return form.format(statistics.mean(values)) if values else "-"
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
 
 
 def goals(runs: dict[str, Any]) -> str:
@@ -116,7 +115,7 @@ def kv(runs: dict[str, Any]) -> str:
         for bits in sorted({row["kv_bits"] for row in rows}, reverse=True):
             own = [row for row in rows if (row["label"], row["kv_bits"]) == (label, bits)]
             cells = [
-                _mean_and_spread([row["eval"][text]["d"] for row in own if row["model"] == model])
+                mean_and_spread([row["eval"][text]["d"] for row in own if row["model"] == model])
                 for model in models
                 for text in texts
             ]
@@ -404,6 +403,37 @@ def attention(runs: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{command}` on {runs['device']}, torch {runs['torch']}."]) + "\n"
 
 
+def generation(run: dict[str, Any]) -> str:
+    """`model.generate` beside the loop that the bench times."""
+    lines = [
+        "| model | batch | kv | the loop of the bench, ms | `generate`, ms a token | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    model = run["model"] + (f", {run['layers']} layers" if run["layers"] else "")
+    cells = [model, str(run["batch"]), str(run["kv"]), _plain(run["loop_ms"]), _plain(run["generate_ms"])]
+    lines.append("| " + " | ".join([*cells, f"{run['ratio']:.3f}x"]) + " |")
+    return (
+        "\n".join([*lines, "", f"`{run['command']}` on {run['device']['name']}, {_versions(run['versions'])}."]) + "\n"
+    )
+
+
+def backends(run: dict[str, Any]) -> str:
+    """Elementwise kernels in Triton and in CUDA."""
+    counts = list(dict.fromkeys(row["tokens"] for row in run["rows"]))
+    lines = ["| us, Triton / CUDA | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    for name in dict.fromkeys(row["op"] for row in run["rows"]):
+        own = {(row["tokens"], row["backend"]): row["us"] for row in run["rows"] if row["op"] == name}
+        cells = [f"{own[count, 'triton']:.2f} / {own[count, 'cuda']:.2f}" for count in counts]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join([*lines, "", f"`{run['command']}` on {run['device']['name']}, {_versions(run['versions'])}."]) + "\n"
+    )
+
+
+def _versions(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {found[key]}" for key in ("torch", "triton", "driver", "nvrtc"))
+
+
 def notes(run: dict[str, Any]) -> str:
     """What the run itself says about its figures."""
     return "".join(f"- {note}\n" for note in run["notes"]) or "None.\n"
@@ -432,6 +462,11 @@ def _plain(value: float | None) -> str:
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": table,
     "goals": goals,
+    "marks": family.marks,
+    "orders": family.orders,
+    "papers": family.papers,
+    "absent": family.absent,
+    "planted": family.planted,
     "kv": kv,
     "linear": linear,
     "cpu_decode": cpu_decode,
@@ -447,10 +482,21 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bound": bound,
     "elementwise": elementwise,
     "attention": attention,
+    "generation": generation,
+    "backends": backends,
 }
 NOT_RUN = "Not measured yet; `{}` makes the run on a machine with a GPU.\n"
+FAMILY = (
+    "python benchmarks/accuracy.py --suite family --model ref --model ref_outlier --calibration wikitext2_train.txt "
+    "--eval wikitext2_test.txt --eval wiki2018.txt --seeds 3 --device cuda --workers 16 "
+    "--out benchmarks/results/family.json"
+)
 COMMANDS = {  # that make a run, by its file; `mergequant bench` has a script
     "elementwise.json": "python benchmarks/tune_elementwise.py --json benchmarks/results/elementwise.json",
+    "family.json": FAMILY,
+    "planted.json": "python benchmarks/planted.py",
+    "generate.json": "python benchmarks/generate.py --shape llama-2-7b --layers 16",
+    "elementwise_backends.json": "python benchmarks/elementwise_backends.py",
     "kv_attention.json": "python benchmarks/tune_kv.py --json benchmarks/results/kv_attention.json",
 }
 

@@ -1,6 +1,6 @@
 """Every CUDA kernel on awkward shapes, for NVIDIA's compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    compute-sanitizer --tool memcheck --report-api-errors no python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
 Results are not looked at here (tests/gpu does), memory is: tokens, channels and widths that fill no tile, divided

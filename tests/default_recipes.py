@@ -23,6 +23,7 @@ DEFAULT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mergequant-plus-static": ("mergequant-plus", {"tile": 8, "other": "static", "other_bits": 8, "prefix": (1, 5)}),
     "mergequant-w4a8": ("mergequant-w4a8", {"tile": 8}),
     "quarot": ("quarot", {}),
+    "quarot-fused": ("quarot", {"heads": "fused", "hessian": "quantized"}),
     "quarot-online-prefix": ("quarot", {"heads": "online", "activation_clip": "search", "prefix": "bos"}),
     "smoothquant": ("smoothquant", {}),
     "smoothquant-w4a4-all": (
@@ -39,9 +40,58 @@ DEFAULT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothquant-tensor": ("smoothquant", {"inputs": "tensor", "alpha": 0.8, "smooth_all": True, "prefix": "bos"}),
     "awq": ("awq", {"group_size": 32}),
     "awq-w3-rows": ("awq", {"weight_bits": 3, "group_size": 0, "rounding": "gptq", "prefix": "bos"}),
+    "qllm": ("qllm", {"epochs": 2}),
+    "qllm-w6a6-prefix": (
+        "qllm",
+        {"weight_bits": 6, "activation_bits": 6, "correction": "merged", "epochs": 1, "prefix": "bos"},
+    ),
+    "qllm-wider": ("qllm", {"expansion": 0.1, "merge": False, "correction": "none", "rounding": "gptq", "clip": True}),
+    "qllm-fixed": ("qllm", {"expansion": 0.2, "distance": "sums", "correction": "none", "rounding": "gptq"}),
+    "prefixquant": ("prefixquant", {}),
+    "prefixquant-tuned": ("prefixquant", {"fine_tune": 2}),
+    "prefixquant-online-explicit": ("prefixquant", {"heads": "online", "grid": 1, "rounding": "rtn", "prefix": (1, 5)}),
+    "qserve": ("qserve", {"group_size": 8}),
+    "qserve-rows-prefix": ("qserve", {"group_size": 0, "rounding": "rtn", "prefix": "bos"}),
+    "outliertune": ("outliertune", {}),
+    "outliertune-w6a6-clip": (
+        "outliertune",
+        {"weight_bits": 6, "activation_bits": 6, "clip": "activation", "skip": 1, "shift_threshold": 0.05},
+    ),
+    "outliertune-w4a4-plain": (
+        "outliertune",
+        {"weight_bits": 4, "activation_bits": 4, "symmetrize": False, "rounding": "rtn", "weight_clip": False},
+    ),
+    "outlier-suppression-plus": ("outlier-suppression-plus", {"thresholds": 6}),
+    "outlier-suppression-plus-tensor": (
+        "outlier-suppression-plus",
+        {"inputs": "tensor", "weight_bits": 8, "activation_bits": 8, "thresholds": 4, "spacing": "log"},
+    ),
+    "outlier-suppression-plus-w4a4-all": (
+        "outlier-suppression-plus",
+        {
+            "weight_bits": 4,
+            "activation_bits": 4,
+            "shift": "all",
+            "scale_all": True,
+            "thresholds": 4,
+            "rounding": "gptq",
+            "clip": True,
+            "prefix": "bos",
+        },
+    ),
+    "flatquant": ("flatquant", {"epochs": 2, "batch_tokens": 48}),
+    "flatquant-random-prefix": (
+        "flatquant",
+        {"epochs": 1, "start": "random", "scale": False, "clip": False, "rounding": "rtn", "prefix": "bos"},
+    ),
+    "spinquant": ("spinquant", {"steps": 3, "batch_tokens": 48}),
+    "spinquant-search-prefix": ("spinquant", {"steps": 1, "activation_clip": "search", "prefix": "bos"}),
 }
 
 # registered name: families that it refuses while planning, before anything is computed
 REFUSED: dict[str, tuple[str, ...]] = {
+    "prefixquant": ("gemma2", "opt", "opt_gelu_projected"),
+    "qserve": ("gemma2", "opt", "opt_gelu_projected"),
     "quarot": ("gemma2", "opt", "opt_gelu_projected"),
+    "spinquant": ("gemma2", "opt", "opt_gelu_projected"),
 }

@@ -1,4 +1,7 @@
-"""Tiny random models of many families, for tests. Sizes are odd on purpose: no power of two divides them by luck."""
+"""Tiny random models of many families, for tests. Sizes are odd on purpose: no power of two divides them by luck.
+
+`FAMILIES` are decoders, `ENCODERS` models that read a whole text at once.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +9,13 @@ from typing import Any
 
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 COMMON = {
     "vocab_size": 97,
@@ -29,6 +38,16 @@ OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "word_embed_proj_dim": 40,
+}
+BERT = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "num_labels": 3,
 }
 
 
@@ -53,6 +72,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": _family(hf.OPTConfig, OPT),
     "opt_gelu_projected": _family(hf.OPTConfig, OPT, activation_function="gelu", word_embed_proj_dim=24),
 }
+# Not decoders: no next token, no cache, no BOS; with the class that opens them.
+ENCODERS: dict[str, tuple[Any, Callable[[], PreTrainedConfig]]] = {
+    "bert": (AutoModel, _family(hf.BertConfig, BERT)),
+    "bert_classifier": (AutoModelForSequenceClassification, _family(hf.BertConfig, BERT, hidden_act="relu")),
+}
 
 
 def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -61,7 +85,8 @@ def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     Gains and biases scatter around where transformers starts them, which is 1 (0 for Gemma, which adds 1) and 0:
     untouched, they would hide a forgotten gain or bias.
     """
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    opened_by, config = ENCODERS[family] if family in ENCODERS else (AutoModelForCausalLM, FAMILIES[family])
+    model = opened_by.from_config(config(), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

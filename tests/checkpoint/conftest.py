@@ -38,12 +38,16 @@ LAYERS: dict[str, Spec] = {
         weight_bits=8,
         input=InputSpec(kind="static", in_width=WIDTH, width=WIDTH, rotation=ops.rotation(WIDTH).name),
     ),
+    "two": LinearSpec(outputs=6, group_size=4, levels=2, input=InputSpec(kind="dynamic", in_width=WIDTH, width=WIDTH)),
 }
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith(".index"):
         return torch.randint(0, 10, tensor.shape, generator=generator, dtype=torch.int32)
+    if name.endswith((".group_scale", ".group_zero")):
+        low, high = (1, 17) if name.endswith("scale") else (-8, 8)
+        return torch.randint(low, high, tensor.shape, generator=generator).to(tensor.dtype)
     if tensor.is_floating_point():
         return torch.rand(tensor.shape, generator=generator) + 0.1
     return torch.randint(0, 100, tensor.shape, generator=generator).to(tensor.dtype)

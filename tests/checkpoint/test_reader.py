@@ -15,7 +15,7 @@ from mergequant.errors import CheckpointError, VersionError
 from mergequant.nn import InputSpec, LinearSpec
 
 KEYS = "model.mergequant_kv.key_scale_"
-QKV, OUT, NORM, MLP = (f"model.layers.0.{name}" for name in ("attn.q_proj", "attn.o_proj", "norm", "mlp"))
+QKV, OUT, NORM, MLP, TWO = (f"model.layers.0.{name}" for name in ("attn.q_proj", "attn.o_proj", "norm", "mlp", "two"))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_rule_2_when_method_is_another_points_to_transformers(folder: Path) -> N
 
 def test_rule_3_when_major_version_is_unknown_names_both(folder: Path) -> None:
     _edit_config(folder, lambda q: q.update(format_version="2.0"))
-    with pytest.raises(VersionError, match=r"2\.0.*1\.1"):
+    with pytest.raises(VersionError, match=r"2\.0.*1\.2"):
         open_checkpoint(folder)
 
 
@@ -211,6 +211,10 @@ def test_rule_10_when_gather_index_is_out_of_range_names_it(name: str, value: in
         (f"{KEYS}8", float("inf"), "not finite"),
         (f"{KEYS}4", 0.0, r"scale at \(1, 0, 0\) is not positive"),
         ("model.mergequant_kv.value_scale_4", -1.0, "not positive"),
+        (f"{TWO}.group_scale", 0, r"reaches 0\.\..*outside 1\.\.16"),
+        (f"{TWO}.group_scale", 17, r"\.\.17, outside"),
+        (f"{TWO}.group_zero", -9, r"reaches -9\.\..*outside -8\.\.7"),
+        (f"{TWO}.group_zero", 8, r"\.\.8, outside"),
     ],
 )
 def test_rule_11_when_values_make_no_sense_names_the_place(name: str, value: float, match: str, folder: Path) -> None:
@@ -292,7 +296,7 @@ def test_expected_tensors_when_called_first_does_not_poison_rotations() -> None:
 def test_count_bits_when_figures_are_absent_counts_by_hand(folder: Path) -> None:
     counted = count_bits(folder)
     assert counted["bytes"] == (folder / "model.safetensors").stat().st_size
-    assert counted["linear_parameters"] == 2 * (10 * 12 + 12 * 10 + 12 + 6 * 12)
+    assert counted["linear_parameters"] == 2 * (10 * 12 + 12 * 10 + 12 + 6 * 12 + 6 * 12)
     assert counted["parameters"] == counted["linear_parameters"] + 2 * (12 + 15) + 7 * 12
     beside = [t for name, t in load_file(folder / "model.safetensors").items() if ".mergequant_" in name]
     payload = sum(tensor.numel() * tensor.element_size() for tensor in beside)

@@ -4,16 +4,19 @@ import csv
 import importlib.util
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mergequant
 from mergequant.comparison import Comparison
+from mergequant.comparison.papers import PAPER_COLUMNS, paper_lines
 from mergequant.comparison.picture import Point, picture
-from mergequant.recipes import get_recipe
+from mergequant.recipes import Figure, get_recipe
 
 PNG = b"\x89PNG"
 
@@ -83,11 +86,43 @@ def test_markdown_has_float_spread_reason_and_the_papers_figures(report: Compari
     assert "| rtn | 20.00 | 0.3750 ± 0.1250 | 0.1000 | 90.0% | 0.550 ± 0.100 | 5.00 | 4.25 | 8.0 | 2 | 200 MB |" in text
     assert "- gptq: no | sites" in text
     assert "Keys and values of 4 bits." in text
-    assert "| gptq | WikiText-2 perplexity | 6.09 |" in text
-    assert "m, wiki (float 15.00)" in text
+    assert "| gptq | WikiText-2 perplexity | 6.09 | 0.070 | LLaMA-7B W4, rows, act-order (float 5.68) |" in text
     for lines in text.split("\n\n"):
         counts = {line.replace(r"\|", "").count("|") for line in lines.splitlines() if line.startswith("|")}
         assert len(counts) <= 1
+
+
+def test_papers_figures_stand_beside_ours_of_the_same_kind(report: Comparison) -> None:
+    row = report.rows()[1]
+    figures = [
+        Figure("WikiText-2 perplexity", 6.0, "big, W4A4 (float 5.0)", "paper"),
+        Figure("WikiText-2 perplexity", 6.0, "big, W4A4", "paper"),
+        Figure("zero-shot average of 6 tasks", 65.6, "big (float 69.8)", "paper"),
+        Figure("prefill speed-up", 2.0, "big", "paper"),
+    ]
+    lines = paper_lines(row, figures, "m, wiki")
+    assert [line[3] for line in lines] == ["0.182", "-", "-", "-"]
+    assert [line[6:] for line in lines] == [
+        ["perplexity 20.00", "0.375", "m, wiki, W4.2A8.0"],
+        ["perplexity 20.00", "0.375", "m, wiki, W4.2A8.0"],
+        ["mean of piqa 55.0", "-", "m, wiki, W4.2A8.0"],
+        ["-", "-", "m, wiki, W4.2A8.0"],
+    ]
+    assert [line[6:] for line in paper_lines(report.rows()[0], figures[:1], "m, wiki")] == [["-", "-", "m, wiki"]]
+    assert len(lines[0]) == len(PAPER_COLUMNS)
+
+
+def test_terminal_has_long_labels_and_tasks_in_a_table_of_their_own(report: Comparison) -> None:
+    label = "gptq:activation_bits=4,activation_clip=true"
+    report.cells = [{**cell, "recipe": label} for cell in report.cells if cell["recipe"] == "rtn"]
+    report.recipes = {label: report.recipes["gptq"]}
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in report.tables():
+        console.print(part)
+    shown = console.export_text()
+    assert re.search(r"gptq: activation_bits=4,  +20.00", shown)
+    assert re.search(r"accuracy +piqa", shown)
+    assert "0.550 ± 0.100" in shown
 
 
 def test_csv_has_a_line_per_recipe_unrounded(report: Comparison) -> None:

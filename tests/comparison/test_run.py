@@ -1,5 +1,6 @@
 """compare(): caching, going on after a kill, refused recipes, and what stops all of it."""
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import mergequant
 from mergequant.comparison import Comparison, cell
 from mergequant.comparison import run as runs
 from mergequant.comparison.memory import peak_memory
-from mergequant.errors import DataError, OverlapError, RecipeError, StructureError, UsageError
+from mergequant.errors import CheckpointError, DataError, OverlapError, RecipeError, StructureError, UsageError
 from mergequant.recipes import get_recipe
 
 Compare = Callable[..., Comparison]
@@ -141,6 +142,61 @@ def test_refused_recipe_is_a_row_with_its_reason_and_tried_once(
     assert seeds == [0]
     monkeypatch.setattr(cell, "quantize", real)
     assert [row["reason"] for row in run("gptq,rtn", tmp_path, windows=1).rows()] == [None, None]
+
+
+def test_fault_of_one_recipe_costs_the_others_nothing(
+    run: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cell.quantize
+
+    def quantize(model: Any, recipe: Any, **kwargs: Any) -> Any:
+        if recipe.name == "gptq" and kwargs["seed"] == 1:
+            raise IndexError("row 7")
+        return real(model, recipe, **kwargs)
+
+    monkeypatch.setattr(cell, "quantize", quantize)
+    failed, served = run("gptq,rtn", tmp_path, windows=1).rows()
+    assert "please report it: IndexError: row 7" in failed["reason"]
+    assert failed["seeds"] == [0]
+    assert served["seeds"] == [0, 1]
+    (trace,) = (tmp_path / "cells").glob("*.traceback.txt")
+    assert "Traceback" in trace.read_text()
+    assert str(trace) in failed["reason"]
+    monkeypatch.setattr(cell, "quantize", real)
+    assert [row["seeds"] for row in run("gptq,rtn", tmp_path, windows=1).rows()] == [[0, 1], [0, 1]]
+    assert not list((tmp_path / "cells").glob("*.traceback.txt"))
+
+
+def test_process_that_dies_is_a_row_with_its_reason(
+    run: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work_off(groups: Any, workers: int, work: Any, lost: Any) -> Any:
+        yield from (lost(job, "was ended by SIGKILL") for group in groups for job in group)
+
+    monkeypatch.setattr(runs, "work_off", work_off)
+    (row,) = run("rtn", tmp_path, workers=2, windows=1).rows()
+    assert "SIGKILL" in row["reason"]
+    assert "--workers" in row["reason"]
+
+
+def test_full_disk_stops_the_run_and_keeps_what_is_done(
+    run: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = os.fsync, [0]
+
+    def fsync(handle: int) -> None:
+        count[0] += 1
+        if count[0] > 60:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"the disk is full.*then run the same command again"):
+        run("rtn,gptq:activation_bits=4", tmp_path)
+    monkeypatch.setattr(os, "fsync", real)
+    done = len(list((tmp_path / "cells").glob("*-s?-*.json")))
+    assert 0 < done < 4
+    assert len(run("rtn,gptq:activation_bits=4", tmp_path).cells) == 4
 
 
 def test_real_refusal_of_a_recipe(run: Compare) -> None:

@@ -122,6 +122,7 @@ def test_float_kernels_equal_torch(dtype: torch.dtype, rows: int, channels: int,
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda residual: ops.add_rmsnorm(case.x, residual, weight, EPS),
         lambda residual: ops.add_rmsnorm(None, residual, weight, EPS),
+        lambda residual: ops.add_rmsnorm(case.x, residual, weight, EPS, torch.linspace(-9, 9, channels, device="cuda")),
         lambda residual: ops.silu_mul(case.gate_up),
     ]
     for call in calls:

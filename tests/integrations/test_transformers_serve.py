@@ -33,6 +33,10 @@ COMBINATIONS = [
     ("llama_tied_wide_heads", "mergequant-plus", {"tile": 8}),
     ("qwen2", "mergequant-w4a8", {"tile": 8}),
     ("qwen3", "mergequant-plus", {"tile": 8, "other": "static", "other_bits": 8, "prefix": (1, 5)}),
+    ("llama", "prefixquant", {}),
+    ("llama", "qserve", {"group_size": 8}),
+    ("llama", "outliertune", {}),
+    ("qwen3", "outlier-suppression-plus", {"shift": "all", "thresholds": 2, "prefix": "bos"}),
 ]  # fmt: skip
 
 

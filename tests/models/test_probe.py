@@ -73,10 +73,31 @@ def test_probe_without_consumers_proves_nothing_and_is_refused(block: nn.Module,
         probe(block, replace(site, consumers=()), run, hidden, generator())
 
 
-def test_probe_with_nothing_to_scale_is_refused(block: nn.Module, hidden: torch.Tensor) -> None:
+def test_probe_with_nothing_in_front_divides_what_the_consumers_read(block: nn.Module, hidden: torch.Tensor) -> None:
     site = Site("down", "mlp_output", ("down",), 20, None, None, 0.0)
-    with pytest.raises(StructureError, match="neither a norm nor a producer"):
-        probe(block, site, run, hidden, generator())
+    assert 0 < probe(block, site, run, hidden, generator()) < TOLERANCE
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_discover_when_a_weight_is_used_outside_of_its_linear_is_refused(hidden: torch.Tensor) -> None:
+    class Twice(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = functional.gelu(self.up(self.norm(x)))
+            return x + self.down(inner) + functional.linear(inner, self.down.weight)
+
+    twice = draw_parameters(Twice(), generator(), torch.device("cpu"))
+    with pytest.raises(StructureError, match=r"down: .*something else uses their weights"):
+        discover(twice, hidden, run)
+
+
+def test_discover_tells_blocks_that_see_later_tokens(block: nn.Module, hidden: torch.Tensor) -> None:
+    class Backwards(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.mean(1, keepdim=True)
+
+    assert discover(block, hidden, run).causal
+    backwards = draw_parameters(Backwards(), generator(), torch.device("cpu"))
+    assert not discover(backwards, hidden, run).causal
 
 
 def test_all_double_serves_casts_in_float64_and_ends_with_its_context() -> None:

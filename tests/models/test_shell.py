@@ -7,9 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, DynamicCache, PreTrainedModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BloomConfig,
+    DynamicCache,
+    PreTrainedModel,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+)
 
-from families import FAMILIES, make_model, save_model
+from families import ENCODERS, FAMILIES, make_model, save_model
 from mergequant.assets import TINY
 from mergequant.errors import ModelError, StructureError, UsageError, WeightsError
 from mergequant.models import ModelShell
@@ -17,13 +26,17 @@ from mergequant.models import ModelShell
 TOKENS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(7))
 
 
-def by_blocks(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:
+def through_blocks(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:
     hidden, kwargs = shell.block_kwargs(tokens)
     for index in range(len(shell.blocks)):
         shell.load_block(index)
         hidden = shell.run_block(index, hidden, kwargs[index])
         shell.release_block(index)
-    return shell.logits(tokens, hidden)
+    return hidden
+
+
+def by_blocks(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:
+    return shell.logits(tokens, through_blocks(shell, tokens))
 
 
 def whole(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -56,6 +69,59 @@ def test_logits_by_blocks_equal_those_of_the_whole_model(family: str, tmp_path: 
     assert shell.unused == []
     assert shell.stored_dtype == torch.float32
     assert all(p.is_meta for p in shell.blocks.parameters())
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_outputs_of_an_encoder_by_blocks_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    for shell in (ModelShell.open(model), ModelShell.open(save_model(family, tmp_path))):
+        found = shell.outputs(TOKENS, through_blocks(shell, TOKENS))
+        with torch.no_grad():
+            expected = model(TOKENS)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert shell.config.architectures == [type(model).__name__]
+        assert (shell.final_norm_name, shell.head_name, shell.unused) == (None, None, [])
+
+
+def test_encoder_whose_config_names_no_class_is_opened_bare_and_whose_head_has_an_unknown_name_is_refused(
+    tmp_path: Path,
+) -> None:
+    folder = save_model("bert_classifier", tmp_path)
+    edit_config(folder, architectures=None)
+    shell = ModelShell.open(folder)
+    assert type(shell.model).__name__ == "BertModel"
+    assert "classifier.weight" in shell.unused
+    edit_config(folder, architectures=["BertForNothing"])
+    with pytest.raises(UsageError, match=r"'BertForNothing', which transformers' bert does not have.*BertModel"):
+        ModelShell.open(folder)
+
+
+def test_norms_of_a_bert_saved_long_ago_are_found_by_their_old_names(tmp_path: Path) -> None:
+    folder = save_model("bert", tmp_path)
+    expected = ModelShell.open(folder).load_block(0).state_dict()
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name)
+
+    edit_weights(folder, rename)
+    shell = ModelShell.open(folder)
+    assert shell.unused == []
+    assert all(torch.equal(value, expected[name]) for name, value in shell.load_block(0).state_dict().items())
+
+
+def test_encoder_with_a_vocabulary_head_predicts_no_next_token() -> None:
+    config = RobertaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
+    )
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    shell = ModelShell.open(model)
+    with torch.no_grad():
+        assert torch.equal(by_blocks(shell, TOKENS), model(TOKENS).logits)
+    assert shell.head_name == "lm_head.decoder"
+    assert not shell.generates
 
 
 @pytest.mark.parametrize("family", ["llama_tied_wide_heads", "gemma2", "opt"])
@@ -257,10 +323,10 @@ def test_quantized_model_is_refused(llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(T5Config(), "encoder-decoder"), (BertConfig(), "not a decoder")],
-    ids=["t5", "bert"],
+    [(T5Config(), "encoder-decoder"), (ViTConfig(), "neither a decoder language model nor a text encoder")],
+    ids=["t5", "vit"],
 )
-def test_model_that_is_no_decoder_is_refused(config: T5Config | BertConfig, message: str, tmp_path: Path) -> None:
+def test_model_that_reads_no_text_alone_is_refused(config: T5Config | ViTConfig, message: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=message):
         ModelShell.open(tmp_path)

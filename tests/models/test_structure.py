@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from families import FAMILIES, make_model
+from families import ENCODERS, FAMILIES, make_model
 from mergequant.assets import TINY
 from mergequant.errors import StructureError
 from mergequant.models import BlockStructure, ModelShell, Producer
@@ -23,6 +23,17 @@ def llama_like(values: int, ffn: int = 52, ffn_norm: str = "post_attention_layer
         ("self_attn.o_proj", "attention_output", ("self_attn.o_proj",), ("self_attn.v_proj", 0, values)),
         (ffn_norm, "norm", ("mlp.gate_proj", "mlp.up_proj"), None),
         ("mlp.down_proj", "mlp_output", ("mlp.down_proj",), ("mlp.up_proj", 0, ffn)),
+    ]
+
+
+def bert_like(intermediate: tuple[str, int, int] | None) -> list[Row]:
+    qkv = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+    dense = "attention.output.dense"
+    return [
+        (qkv[0], "stream", qkv, None),
+        (dense, "attention_output", (dense,), (qkv[2], 0, 40)),
+        ("intermediate.dense", "stream", ("intermediate.dense",), None),
+        ("output.dense", "mlp_output", ("output.dense",), intermediate),
     ]
 
 
@@ -52,6 +63,8 @@ EXPECTED: dict[str, list[Row]] = {
     ],
     "opt": opt_like(("fc1", 0, 52)),  # relu(x / s) * s == relu(x) for s > 0
     "opt_gelu_projected": opt_like(None),
+    "bert": bert_like(None),
+    "bert_classifier": bert_like(("intermediate.dense", 0, 52)),
 }
 
 
@@ -62,18 +75,19 @@ def rows(structure: BlockStructure) -> list[Row]:
     return [(site.name, site.kind, site.consumers, of(site.producer)) for site in structure.sites]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
 def test_structure_of_each_family_is_found_and_proven(family: str) -> None:
     shell = ModelShell.open(make_model(family))
     structure = shell.structure()
     assert rows(structure) == EXPECTED[family]
     assert shell.structures == [structure] * len(shell.blocks)
     assert structure.unserved == ()
+    assert structure.causal == shell.generates == (family in FAMILIES)
     linears = {name for name, module in shell.blocks[0].named_modules() if isinstance(module, nn.Linear)}
     assert set(structure.linears) == linears
     for site in structure.sites:
-        assert site.deviation < TOLERANCE
-        assert (site.deviation > 0) == (site.norm is not None or site.producer is not None)  # rounding, not skipped
+        assert 0 < site.deviation < TOLERANCE  # rounding, not skipped
+        assert site.begins_module == (site.kind in ("norm", "stream"))
         assert site.width == shell.blocks[0].get_submodule(site.consumers[0]).in_features
 
 
@@ -120,13 +134,40 @@ def test_norm_role_gives_the_gain_that_is_applied(family: str, kind: str, offset
 # ---- what must be refused ----------------------------------------------------------------------------------------
 
 
-class LeakyLayer(LlamaDecoderLayer):
+class SharedNormLayer(LlamaDecoderLayer):
     """Its second norm also goes into the residual, so that its gain cannot be moved into the linears."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         normed = self.post_attention_layernorm(hidden_states + attended)
         return normed + self.mlp(normed)
+
+
+class LeakyLayer(SharedNormLayer):
+    """Half of its second norm goes into the residual: what is disturbed there does not arrive as it was."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed = self.post_attention_layernorm(hidden_states + attended)
+        return hidden_states + normed / 2 + self.mlp(normed)
+
+
+class LateNormLayer(LlamaDecoderLayer):
+    """Norms come last; one reader of the block's input too many: it also decides how loud the MLP is."""
+
+    loud = True
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        middle = self.input_layernorm(hidden_states + attended)
+        volume = hidden_states.mean(-1, keepdim=True).tanh() if self.loud else 1.0
+        return self.post_attention_layernorm(middle + volume * self.mlp(middle))
+
+
+class QuietNormLayer(LateNormLayer):
+    """As it should be."""
+
+    loud = False
 
 
 class IdleLayer(LlamaDecoderLayer):
@@ -163,6 +204,7 @@ def with_layers(layer: type[LlamaDecoderLayer]) -> LlamaForCausalLM:
         (LeakyLayer, r"model\.layers\.0\.post_attention_layernorm feeds mlp\.gate_proj.*something else reads"),
         (IdleLayer, r"mlp\.gate_proj, mlp\.up_proj changes the block's output by only 0\.0e\+00"),
         (OwnMatrixLayer, r"model\.layers\.0\.input_layernorm feeds.*something else reads"),
+        (LateNormLayer, r"self_attn\.q_proj.*read the block's input.*something besides the residual connection"),
     ],
 )
 def test_block_whose_norm_cannot_be_rescaled_is_refused(layer: type[LlamaDecoderLayer], message: str) -> None:
@@ -170,17 +212,23 @@ def test_block_whose_norm_cannot_be_rescaled_is_refused(layer: type[LlamaDecoder
         ModelShell.open(with_layers(layer)).structure()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"do_layer_norm_before": False}, "something else reads this norm"),
-        ({"layer_norm_elementwise_affine": False}, "no site that could be proven"),
-    ],
-)
-def test_opt_with_norms_that_absorb_nothing_is_refused(options: dict[str, bool], message: str) -> None:
-    model = OPTForCausalLM(OPTConfig(**{**FAMILIES["opt"]().to_diff_dict(), **options}))
-    with pytest.raises(StructureError, match=message):
-        ModelShell.open(model).structure()
+def opt(**options: bool) -> OPTForCausalLM:
+    return OPTForCausalLM(OPTConfig(**{**FAMILIES["opt"]().to_diff_dict(), **options}))
+
+
+def test_opt_with_norms_that_absorb_nothing_is_refused() -> None:
+    with pytest.raises(StructureError, match="no site that could be proven"):
+        ModelShell.open(opt(layer_norm_elementwise_affine=False)).structure()
+
+
+def test_norms_that_the_residual_reads_too_make_stream_sites() -> None:
+    def kinds(model: LlamaForCausalLM | OPTForCausalLM) -> list[str]:
+        return [site.kind for site in ModelShell.open(model).structure().sites]
+
+    late = ["stream", "attention_output", "stream", "mlp_output"]
+    assert kinds(with_layers(SharedNormLayer)) == ["norm", *late[1:]]
+    assert kinds(with_layers(QuietNormLayer)) == late
+    assert kinds(opt(do_layer_norm_before=False)) == late
 
 
 # ---- finding blocks ----------------------------------------------------------------------------------------------

@@ -111,6 +111,23 @@ def test_cast_when_norm_changes_dtype_expect_the_same_codes() -> None:
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_when_it_gives_floats_expect_gain_and_bias_rounded_once(norm: str, dtype: torch.dtype) -> None:
+    module = QuantNorm(NormSpec(norm, CHANNELS, CHANNELS, 16, EPS, shifts=True))  # type: ignore[arg-type]
+    assert module.shift is not None
+    module.multiplier.copy_(torch.linspace(0.2, 3, CHANNELS))
+    module.shift.copy_(torch.linspace(-40, 40, CHANNELS))
+    x = hidden(dtype)
+    wide = x.double() - (x.double().mean(-1, keepdim=True) if norm == "layer" else 0)
+    exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    exact = exact * module.multiplier.double() + module.shift.double()
+    given = module.to(dtype)(x)
+    assert module.gives_floats
+    assert given.dtype == dtype
+    torch.testing.assert_close(given, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_when_compared_with_float64_expect_equal_codes_except_at_ties(
@@ -194,6 +211,26 @@ def test_weight_only_when_run_expect_product_with_decoded_weight(group_size: int
     assert linear.bias is not None
     expected = x.double() @ weight.t() + linear.bias.double()
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dynamic", "float"])
+def test_linear_when_its_input_is_scaled_expect_that_of_a_plain_layer_on_the_scaled_input(
+    kind: str, dtype: torch.dtype
+) -> None:
+    plain = make_linear(kind, 8)
+    spec = InputSpec(kind, CHANNELS, CHANNELS, 4, per_channel=True, shifts=True)  # type: ignore[arg-type]
+    scaled = QuantLinear(LinearSpec(OUTPUTS, spec, 8, bias=True))
+    generator = torch.Generator().manual_seed(4)
+    multiplier, shift = torch.rand(CHANNELS, generator=generator) + 0.1, torch.randn(CHANNELS, generator=generator)
+    own = {"input_quantizer.multiplier": multiplier, "input_quantizer.shift": shift}
+    scaled.load_state_dict({**plain.state_dict(), **own})
+    x = hidden(dtype)
+    found = scaled(x)
+    assert found.dtype == dtype
+    wide = x.float() * multiplier + shift
+    expected = plain(wide) if kind == "dynamic" else plain(wide.to(dtype))
+    torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=0)
 
 
 def test_linear_when_weights_are_loaded_after_a_call_expect_new_results() -> None:

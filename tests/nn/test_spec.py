@@ -27,10 +27,16 @@ SPECS: list[Spec] = [
     LinearSpec(8, InputSpec("static", 40, 44, 4, per_channel=True, gathers=True, shifts=True)),
     LinearSpec(8, InputSpec("static", 40, 40, 8, rotation(40).name)),
     LinearSpec(8, InputSpec("dynamic", 40, 40, 4, clip_ratio=0.75)),
+    LinearSpec(8, InputSpec("dynamic", 40, 44, 4, gathers=True, merges=(3, 3, 1))),
+    LinearSpec(8, InputSpec("dynamic", 40, 40, 4, per_channel=True, shifts=True)),
+    LinearSpec(8, InputSpec("float", 40, 40, per_channel=True)),
+    LinearSpec(8, InputSpec("dynamic", 40, 40, 4, left=5, right=8)),
+    LinearSpec(8, InputSpec("dynamic", 40, 40, 4, left=4)),
     LinearSpec(8, InputSpec("float", 40, 40), weight_bits=3, group_size=10),
     LinearSpec(8, InputSpec("codes", 41, 41), weight_bits=5),
     NormSpec("rms", 40, 40, 4, 1e-6),
     NormSpec("layer", 40, 44, 8, 0.0, gathers=True, shifts=True),
+    NormSpec("rms", 40, 40, 16, 1e-6, shifts=True),
     KVSpec(2, 2, 16, 8),
     PrefixSpec((1, 7), True, 2, 2, 16, 8, 40),
 ]
@@ -56,6 +62,7 @@ LINEAR: dict[str, Any] = {"outputs": 8, "input": {"kind": "static", "in_width": 
 NORM: dict[str, Any] = {"norm": "rms", "channels": 40, "width": 40, "bits": 4, "eps": 1e-6}
 PREFIX: dict[str, Any] = SPECS[-1].to_dict()
 KV: dict[str, Any] = SPECS[-2].to_dict()
+GATHERED = {"kind": "dynamic", "in_width": 40, "width": 44, "gathers": True}
 HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LINEAR, {"outputs": 0}, "outputs"),
     (LINEAR, {"outputs": -1}, "outputs"),
@@ -77,9 +84,17 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LINEAR, {"input": {"kind": "static", "in_width": 40, "width": 44}}, "gather"),
     (LINEAR, {"input": {"kind": "static", "in_width": 0, "width": 0}}, "widths"),
     (LINEAR, {"input": {"kind": "static", "in_width": 40, "width": 40, "bits": 9}}, "bits"),
-    (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 44, "gathers": True}}, "static"),
-    (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 40, "shifts": True}}, "static"),
-    (LINEAR, {"input": {"kind": "codes", "in_width": 40, "width": 40, "per_channel": True}}, "static"),
+    (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 44}}, "gather"),
+    (LINEAR, {"input": {"kind": "float", "in_width": 40, "width": 44, "gathers": True}}, "static or dynamic"),
+    (LINEAR, {"input": {**GATHERED, "in_width": 44, "rotation": rotation(44).name}}, "transformed"),
+    (LINEAR, {"input": {**GATHERED, "merges": [3, 4]}}, "not increase"),
+    (LINEAR, {"input": {**GATHERED, "merges": [45]}}, "not increase"),
+    (LINEAR, {"input": {**GATHERED, "merges": [2, 0]}}, "positive"),
+    (LINEAR, {"input": {**GATHERED, "merges": [-1]}}, "whole numbers"),
+    (LINEAR, {"input": {**GATHERED, "gathers": False, "in_width": 44, "merges": [1]}}, "merges"),
+    (LINEAR, {"input": {**GATHERED, "kind": "static", "merges": [1]}}, "merges"),
+    (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 40, "shifts": True}}, "per_channel"),
+    (LINEAR, {"input": {"kind": "codes", "in_width": 40, "width": 40, "per_channel": True}}, "floats"),
     (LINEAR, {"input": {"kind": "codes", "in_width": 40, "width": 40, "rotation": rotation(40).name}}, "rotated"),
     (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 40, "clip_ratio": 0}}, "clip_ratio"),
     (LINEAR, {"input": {"kind": "dynamic", "in_width": 40, "width": 40, "clip_ratio": float("nan")}}, "clip_ratio"),
@@ -94,6 +109,7 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (NORM, {"width": 44}, "gather"),
     (NORM, {"channels": 0}, "widths"),
     (NORM, {"bits": 1}, "bits"),
+    (NORM, {"bits": 16, "gathers": True}, "gathers no channels"),
     (NORM, {"outputs": 3}, "outputs"),
     (PREFIX, {"tokens": []}, "tokens"),
     (PREFIX, {"tokens": [1, -2]}, "tokens"),

@@ -31,7 +31,7 @@ def make_layer(outputs: int, weight_bits: int = 4, kind: str = "codes", seed: in
 
 
 def weight_of(layer: QuantLinear) -> Tensor:
-    return layer._codes()
+    return layer.integer_weight()
 
 
 def joined(layers: list[QuantLinear]) -> tuple[Tensor, list[Tensor]]:

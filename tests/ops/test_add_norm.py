@@ -56,6 +56,17 @@ def test_add_rmsnorm_when_given_no_x_expect_residual_untouched() -> None:
     assert torch.equal(normed, ops.add_rmsnorm(torch.zeros_like(residual), residual, torch.ones(32), EPS))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rmsnorm_when_given_a_bias_expect_it_added_before_the_only_rounding(dtype: torch.dtype) -> None:
+    case = draw(9, 96, dtype=dtype)
+    weight, bias = torch.rand(96, generator=torch.Generator().manual_seed(1)) + 0.5, torch.linspace(-50, 50, 96)
+    residual = case.residual.clone()
+    normed = ops.add_rmsnorm(case.x, residual, weight, EPS, bias)
+    exact = residual.double() / (residual.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed, (exact + bias.double()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 WRONG: list[tuple[str, Any]] = [
     ("x has shape", {"x": torch.ones(2, 16)}),
     ("x is", {"x": torch.ones(3, 16, dtype=torch.int32)}),
@@ -81,6 +92,9 @@ def test_add_rmsnorm_when_weight_is_wrong_expect_error_that_names_it() -> None:
         ops.add_rmsnorm(None, torch.ones(3, 16), torch.ones(8), EPS)
     with pytest.raises(KernelError, match="weight is"):
         ops.add_rmsnorm(None, torch.ones(3, 16), torch.ones(16, dtype=torch.int8), EPS)
+    for bias in (torch.ones(8), torch.ones(16, dtype=torch.bfloat16)):
+        with pytest.raises(KernelError, match="bias is"):
+            ops.add_rmsnorm(None, torch.ones(3, 16), torch.ones(16), EPS, bias)
 
 
 def test_ops_when_run_on_fake_tensors_expect_real_shapes_and_dtypes() -> None:

@@ -20,10 +20,11 @@ SAMPLES, HELD_OUT, SEQLEN = 4, 2, 24
 
 
 def windows_for(model: PreTrainedModel, count: int = SAMPLES + HELD_OUT, seqlen: int = SEQLEN, seed: int = 7) -> Tensor:
-    """Random windows (count, seqlen) that begin with the model's BOS."""
+    """Random windows (count, seqlen) that begin with the model's BOS, if it has one."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, model.config.vocab_size, (count, seqlen), generator=generator)
-    tokens[:, 0] = model.config.bos_token_id
+    if model.config.bos_token_id is not None:
+        tokens[:, 0] = model.config.bos_token_id
     return tokens
 
 

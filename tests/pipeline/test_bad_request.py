@@ -157,7 +157,9 @@ def test_quantize_when_verification_fails_publishes_nothing_however_often(
 ) -> None:
     real = pipeline_run.verify_checkpoint
     monkeypatch.setattr(
-        pipeline_run, "verify_checkpoint", lambda found, own, expected, kv: real(found, own, expected + 1, kv)
+        pipeline_run,
+        "verify_checkpoint",
+        lambda found, own, expected, kv: real(found, own, {name: value + 1 for name, value in expected.items()}, kv),
     )
     for _ in range(2):
         assert "logits of the reloaded checkpoint differ" in refused(errors.VerifyError, model)

@@ -13,17 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, make_model
+from families import ENCODERS, FAMILIES, make_model
 from mergequant import ops
 from mergequant.calibration import BlockContext, Chain, Chunk, StorePolicy
 from mergequant.models import BlockStructure, ModelShell, NormRole, Site
 from mergequant.models.probe import all_double, relative_difference
+from mergequant.steps.reassemble import can_divide
+from mergequant.steps.residual import whole_heads
 from mergequant.transforms import (
     ChannelScheme,
     FloatScheme,
     InputScheme,
+    Kronecker,
+    Reassembly,
     TensorScheme,
     TokenScheme,
+    factor_sizes,
     split_channels,
     split_counts,
 )
@@ -121,12 +126,47 @@ def plain(context: BlockContext, site: Site, scheme: InputScheme, *, rotated: bo
 
 def scale_channels(context: BlockContext, site: Site, generator: torch.Generator) -> None:
     """Scales behind norms and in front of o_proj and down_proj; a site that can take none up is left alone."""
-    if site.norm is None and site.producer is None:
+    if not site.begins_module and site.producer is None:
         return
     scale = random_steps(site.width, generator)
     if site.norm is None and site.producer is not None:
         scale = scale[torch.tensor(site.producer.channel)]
     context.scale_channels(site, scale)
+
+
+def shift_channels(context: BlockContext, site: Site, generator: torch.Generator) -> None:
+    """Shifts behind norms, those without a bias included; then scales on top, as Outlier Suppression+ has it."""
+    if site.begins_module:
+        context.shift_channels(site, 3 * torch.randn(site.width, dtype=torch.float64, generator=generator))
+    scale_channels(context, site, generator)
+
+
+def kronecker(context: BlockContext, site: Site, generator: torch.Generator) -> None:
+    """Online factors at every site; behind whole value heads the right one is fused into the value projection."""
+    config = context.chain.shell.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fused = site.kind == "attention_output" and whole_heads(site, head)
+    sizes = (site.width // head, head) if fused else factor_sizes(site.width)
+    left, right = (
+        torch.randn(size, size, dtype=torch.float64, generator=generator) + 2 * torch.eye(size, dtype=torch.float64)
+        for size in sizes
+    )
+    if fused:
+        context.mix_values(site, right)
+    transform = Kronecker(left, None if fused else right)
+    for name in site.consumers:
+        old = context.module.get_submodule(name)
+        old.weight.copy_(transform.fold(old.weight))
+        put(context.module, name, ExactLinear(old, FloatScheme(), transform.apply, rotated=False))
+
+
+def take_apart(context: BlockContext, site: Site, generator: torch.Generator) -> None:
+    """Channels in copies, divided in front of the site where that is possible; a gather in front of the linears."""
+    copies = torch.randint(1, 5, (site.width,), generator=generator)
+    choice = Reassembly.apart(copies)
+    if can_divide(site):
+        context.scale_channels(site, choice.divisor.double())
+    plain(context, site, choice.scheme(4), rotated=False)
 
 
 TRANSFORMS: dict[str, Callable[[BlockContext, Site, torch.Generator], None]] = {
@@ -137,6 +177,9 @@ TRANSFORMS: dict[str, Callable[[BlockContext, Site, torch.Generator], None]] = {
         context, Site(site.name, site.kind, site.consumers, site.width, None, None, 0.0), generator
     ),
     "scale": scale_channels,
+    "shift": shift_channels,
+    "disassembly": take_apart,
+    "kronecker": kronecker,
     "rotation": lambda context, site, _: plain(context, site, FloatScheme(), rotated=True),
     "token": lambda context, site, _: plain(context, site, TokenScheme(4, 0.7), rotated=True),
     "tensor": lambda context, site, _: plain(context, site, TensorScheme(4, 0.037), rotated=False),
@@ -179,7 +222,7 @@ def doubled(value: Any) -> Any:
     return tuple(map(doubled, value)) if isinstance(value, tuple) else value
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *ENCODERS])
 def family_shell(request: pytest.FixtureRequest) -> ModelShell:
     return ModelShell.open(make_model(request.param), dtype=torch.float64)
 

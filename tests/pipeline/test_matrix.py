@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mergequant
 from default_recipes import DEFAULT_RECIPES, REFUSED
-from families import FAMILIES, make_model
+from families import ENCODERS, FAMILIES, make_model
 from mergequant.calibration import Chain, Chunk, StorePolicy
 from mergequant.checkpoint import Checkpoint, count_bits, open_checkpoint
 from mergequant.errors import StructureError
@@ -20,7 +20,7 @@ from mergequant.pipeline import Quantized
 from mergequant.pipeline.blocks import restore_block
 from mergequant.pipeline.run import transform_model
 from mergequant.recipes import get_recipe
-from mergequant.steps import ModelStep
+from mergequant.steps import LearningStep, ModelStep
 
 CPU = StorePolicy(torch.device("cpu"))
 
@@ -46,10 +46,13 @@ def stored_bytes(spec: LinearSpec | NormSpec) -> int:
     if isinstance(spec, NormSpec):
         return 4 * spec.width * (1 + spec.gathers + spec.shifts)
     groups = spec.input.width // spec.group_size if spec.group_size else 1
-    weight = spec.outputs * (spec.input.width * (4 if spec.weight_bits <= 4 else 8) // 8 + 4 * groups + 4 * spec.bias)
+    scales = 4 * groups if spec.levels == 1 else 4 + 2 * groups
+    weight = spec.outputs * (spec.input.width * (4 if spec.weight_bits <= 4 else 8) // 8 + scales + 4 * spec.bias)
     source = spec.input
-    multipliers = 0 if source.kind != "static" else source.width if source.per_channel else 1
-    return weight + 4 * (multipliers + source.width * (source.gathers + source.shifts))
+    multipliers = source.width if source.per_channel else source.kind == "static"
+    factors = source.left**2 + source.right**2
+    gathered = (source.width + sum(source.merges)) * source.gathers
+    return weight + 4 * (factors + multipliers + gathered + source.width * source.shifts)
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ def check_sites(model: PreTrainedModel, shell: ModelShell, emits_codes: bool) ->
         for site in structure.sites:
             assert all(isinstance(block.get_submodule(path), QuantLinear) for path in site.consumers)
             if site.norm is not None:
-                assert isinstance(block.get_submodule(site.norm.name), QuantNorm) == emits_codes
+                norm = block.get_submodule(site.norm.name)
+                assert (isinstance(norm, QuantNorm) and not norm.gives_floats) == emits_codes
 
 
 def check_size(checkpoint: Checkpoint) -> None:
@@ -93,6 +97,11 @@ def test_recipe_on_family_survives_the_disk_bit_for_bit(
     checkpoint.validate()
     recipe = get_recipe(name).with_settings(settings)
     transform_model(shell, recipe, seed=0)
+    if any(isinstance(step, LearningStep) for step in recipe.steps):
+        held = [name for name, _ in shell.model.named_parameters() if name in checkpoint.entries]
+        with torch.no_grad():  # what was learned is in the checkpoint alone
+            for stored in held:
+                shell.model.get_parameter(stored).copy_(checkpoint.get(stored))
     tokens = windows(model, 3, 17, seed=1)
 
     loaded = mergequant.load(tmp_path / "out")
@@ -114,6 +123,60 @@ def test_recipe_on_family_survives_the_disk_bit_for_bit(
     written = loaded.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(written[:, :17], tokens)
     assert torch.equal(written[:, 17], given[:, -1].argmax(-1))
+
+
+def outputs(model: PreTrainedModel, tokens: Tensor, **options: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return dict(model(tokens, **options))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("label", DEFAULT_RECIPES)
+def test_recipe_on_encoder_survives_the_disk_bit_for_bit_or_is_refused(
+    label: str, family: str, tmp_path: Path, run: Callable[..., Quantized], windows: Callable[..., Tensor]
+) -> None:
+    name, settings = DEFAULT_RECIPES[label]
+    model = make_model(family)
+    recipe = get_recipe(name).with_settings(settings)
+    if recipe.prefix != "none" or any(isinstance(step, ModelStep) for step in recipe.steps):
+        for attempt in (mergequant.plan, run):
+            with pytest.raises(StructureError, match=r"smoothquant,? or gptq"):
+                attempt(model, recipe, samples=4, seqlen=24)
+        return
+    made = run(model, recipe, tmp_path / "out")
+    checkpoint, shell = open_checkpoint(tmp_path / "out"), ModelShell.open(model)
+    checkpoint.validate()
+    tokens = windows(model, 3, 17, seed=1)
+    loaded = mergequant.load(tmp_path / "out")
+    again = ENCODERS[family][0].from_pretrained(tmp_path / "out")
+    given, exact = outputs(loaded, tokens), outputs(model, tokens)
+    assert type(loaded) is type(again) is type(model)
+    assert given.keys() == exact.keys()
+
+    chain = Chain(shell, [Chunk(tokens, "verify")], CPU, None)
+    for index, block in enumerate(shell.block_names):
+        restore_block(shell, index, dict(checkpoint.quantization.layers), checkpoint.tensors(f"{block}."))
+        chain.advance()
+    by_blocks = chain.outputs(0)
+    for part, value in outputs(again, tokens).items():
+        assert value.isfinite().all()
+        assert torch.equal(value, given[part])
+        assert torch.equal(value, by_blocks[part])
+        assert not torch.equal(value, exact[part])
+    assert {f"{part}_error" for part in (*given, "hidden_states")} <= made.figures["held_out"].keys()
+    assert 0 < made.figures["held_out"]["hidden_states_error"] < 0.4
+    assert checkpoint.quantization.kv is None
+    check_sites(loaded, shell, emits_codes=False)
+    check_size(checkpoint)
+
+    # Padding is masked, so a text gives the same alone and beside a longer one.
+    short = tokens[:1, :9]
+    mask = torch.zeros(1, 17, dtype=torch.int64)
+    mask[:, :9] = 1
+    padded = outputs(loaded, torch.where(mask.bool(), tokens[:1], torch.zeros_like(mask)), attention_mask=mask)
+    for part, value in outputs(loaded, short).items():
+        own = padded[part][:, :9] if value.dim() == 3 else padded[part]
+        assert float((own - value).norm() / value.norm()) < 0.05  # a code on a rounding border may fall either way
 
 
 def test_default_recipes_name_every_registered_recipe() -> None:

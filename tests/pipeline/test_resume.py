@@ -23,6 +23,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "low_rank": ("mergequant", {"compensation": "low_rank", "low_rank.epochs": 1, "clip": "activation"}),
     # Blocks that are done are read back as they are, those that follow are transformed as before.
     "rotated": ("quarot", {"prefix": "bos"}),
+    "learned": ("qllm", {"epochs": 1, "expansion": 0.1}),
 }
 PLACES: dict[str, tuple[str, str, int, int]] = {
     # label: recipe, what is called, for the how many-th time, blocks that are done by then
@@ -32,6 +33,7 @@ PLACES: dict[str, tuple[str, str, int, int]] = {
     "tensors_of_second_block": ("static", "mergequant.checkpoint.writer.write_tensors", 2, 1),
     "record_of_second_block": ("static", "mergequant.checkpoint.writer.write_json", 3, 1),
     "middle_of_second_block_rotated": ("rotated", ROUNDED, 6, 1),
+    "middle_of_second_block_learned": ("learned", ROUNDED, 6, 1),
     "tail_rotated": ("rotated", "mergequant.checkpoint.writer.write_tensors", 3, 2),
     "between_blocks": ("static", "mergequant.pipeline.run.Silent.block", 1, 1),
     "tail": ("static", "mergequant.checkpoint.writer.write_tensors", 3, 2),
@@ -121,6 +123,9 @@ class _StopAfter:
         self.blocks = blocks
 
     def phase(self, text: str) -> None:
+        pass
+
+    def progress(self, text: str) -> None:
         pass
 
     def block(self, index: int, total: int, name: str, figures: Any) -> None:

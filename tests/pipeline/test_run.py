@@ -121,6 +121,9 @@ def test_report_when_run_is_watched_tells_every_block(run: Run) -> None:
         def phase(self, text: str) -> None:
             assert text
 
+        def progress(self, text: str) -> None:
+            assert text
+
         def block(self, index: int, total: int, name: str, figures: dict[str, float]) -> None:
             seen.append((index, total, name))
             errors.append(figures["output_error"])

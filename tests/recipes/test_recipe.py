@@ -248,7 +248,7 @@ CHANGES: list[tuple[dict[str, Any], type[Step], dict[str, Any]]] = [
     ({"weight_bits": 8}, Round, {"bits": 8}),
     ({"weight_bits": 8}, Split, {"weight_bits": 8}),
     ({"weight_bits": 8}, Clip, {"weight_bits": 8}),
-    ({"activation_bits": 8}, Ranges, {"bits": 8, "sites": ("norm",)}),
+    ({"activation_bits": 8}, Ranges, {"bits": 8, "sites": ("norm", "stream")}),
     ({"quantile": 0.99}, Ranges, {"quantile": 0.99}),
     ({"split": 0.2}, Split, {"budgets": (0.2,)}),
     ({"strength": "step"}, Split, {"strength": "step"}),
@@ -266,7 +266,7 @@ CHANGES: list[tuple[dict[str, Any], type[Step], dict[str, Any]]] = [
     ({"other": "hadamard-static", "other_bits": 8, "prefix": "bos"}, TensorInput, {"bits": 8}),
     ({"other": "hadamard"}, Rotate, {"sites": ("attention_output", "mlp_output")}),
     ({"compensation": "low_rank", "weight_bits": 8}, LowRank, {"weight_bits": 8}),
-    ({"width": "prune"}, Prune, {"sites": ("norm",)}),
+    ({"width": "prune"}, Prune, {"sites": ("norm", "stream")}),
 ]
 
 

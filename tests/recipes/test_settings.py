@@ -26,6 +26,22 @@ def test_recipes_keep_their_order_and_take_settings() -> None:
     assert gptq.parameters["clip"] is False
 
 
+def test_settings_may_be_separated_by_colons() -> None:
+    text = "quarot:activation_clip=search:prefix=bos,gptq:bits.x=1:2"
+    with pytest.raises(RecipeError, match="no step 'bits'"):
+        parse_recipes(text)
+    found = parse_recipes("quarot:activation_clip=search:prefix=[1,5],heads=none:rounding=rtn,rtn")
+    label, plain = found
+    assert label == "quarot:activation_clip=search,prefix=[1,5],heads=none,rounding=rtn"
+    assert plain == "rtn"
+    assert {key: found[label].parameters[key] for key in ("activation_clip", "heads", "rounding")} == {
+        "activation_clip": "search", "heads": "none", "rounding": "rtn",
+    }  # fmt: skip
+    assert list(parse_recipes(label)) == [label]
+    with pytest.raises(UsageError, match="twice"):
+        parse_recipes("rtn:clip=true:weight_bits=8,rtn:clip=true,weight_bits=8")
+
+
 def test_recipe_files_stand_beside_names(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: rtn\nclip: true\n", encoding="utf-8")

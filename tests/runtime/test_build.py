@@ -70,6 +70,25 @@ def test_projection_when_inputs_are_dynamic_alike_is_one_gemm() -> None:
     assert torch.equal(built(hidden(), torch.float32), want)
 
 
+def test_mlp_when_inputs_are_reassembled_computes_the_same() -> None:
+    def gathering(layer: QuantLinear, seed: int) -> QuantLinear:
+        quantizer, spec = layer.input_quantizer, layer.spec.input
+        assert quantizer is not None
+        read = spec.width + sum(spec.merges)
+        quantizer.index = torch.randint(0, spec.in_width, (read,), generator=generator(seed), dtype=torch.int32)
+        return layer
+
+    def reads(width: int) -> InputSpec:
+        return source("dynamic", width, gathers=True, merges=(5, 2))
+
+    gate, up = (gathering(linear(n, FFN, reads(WIDTH)), 3) for n in (0, 5))
+    down = gathering(linear(7, 32, reads(FFN)), 4)
+    want = _mlp(gate, up, down, hidden())
+    assert len(build_projection([gate, up]).branches) == 1
+    built = build_mlp(gate, up, down)
+    assert torch.equal(built(hidden(), torch.float32), want)
+
+
 @pytest.mark.parametrize("difference", ["clip", "step", "bits", "float", "weight_only"])
 def test_projection_when_inputs_differ_keeps_layers_apart(difference: str) -> None:
     one = static(linear(0, 16, source("static")), 3) if difference == "step" else linear(0, 16, source("dynamic"))
@@ -138,9 +157,12 @@ def test_norm_adds_then_norms() -> None:
     module = QuantNorm(NormSpec(norm="rms", channels=WIDTH, width=WIDTH, bits=8, eps=1e-5))
     module.multiplier = torch.rand(WIDTH, generator=generator(0)) * 30 + 10
     plain = nn.RMSNorm(WIDTH, eps=1e-5)
+    biased = QuantNorm(NormSpec(norm="rms", channels=WIDTH, width=WIDTH, bits=16, eps=1e-5, shifts=True))
+    biased.shift = torch.linspace(-5, 5, WIDTH)
     x, residual = hidden(), hidden() * 2
-    for part, whole in ((build_norm(module, 1e-5), module), (build_norm(plain, 1e-5), plain)):
-        assert isinstance(part, FloatNorm) == (whole is plain)
+    for whole in (module, plain, biased):
+        part = build_norm(whole, 1e-5)
+        assert isinstance(part, FloatNorm) == (whole is not module)
         stream = residual.clone()
         with torch.no_grad():
             torch.testing.assert_close(part(None, stream), whole(residual))

@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 @pytest.fixture
 def open_block() -> Callable[..., BlockContext]:
-    """Block 0 of a family; some channels of the embedding are outliers."""
+    """Block 0 of a family; some channels of the embedding are outliers, `outlier` times as strong as they were."""
     from families import make_model  # importable only after the line above
 
-    def build(family: str = "llama", prefix: tuple[list[int], bool] | None = None) -> BlockContext:
+    def build(family: str = "llama", prefix: tuple[list[int], bool] | None = None, outlier: float = 20) -> BlockContext:
         model = make_model(family)
         with torch.no_grad():
-            model.get_input_embeddings().weight[:, [3, 21]] *= 20
+            model.get_input_embeddings().weight[:, [3, 21]] *= outlier
         shell = ModelShell.open(model)
         windows: Tensor = torch.randint(3, 97, (14, 32), generator=torch.Generator().manual_seed(2))
         windows[:, 0] = 1

@@ -1,18 +1,22 @@
 """Rotation of the residual stream: exact in float64 on every family that it serves, and refused on the others."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+import mergequant
 from default_recipes import REFUSED
 from families import COMMON, FAMILIES, make_model
+from mergequant import ops
+from mergequant.calibration import BlockContext
 from mergequant.errors import StructureError
 from mergequant.models import ModelShell
 from mergequant.models.probe import all_double
-from mergequant.steps import RotateResidual
-from mergequant.steps.residual import ResidualRotation
+from mergequant.steps import MixHeads, RotateResidual
+from mergequant.steps.residual import ResidualRotation, _head_width
 
 SERVED = [family for family in FAMILIES if family not in REFUSED["quarot"]]
 
@@ -63,10 +67,37 @@ def test_rotated_block_expect_values_of_each_head_rotated_and_gains_of_one() -> 
     name = "model.layers.0.self_attn.v_proj.weight"
     before, after = (each.model.get_parameter(name) for each in (plain, shell))
     rotation = ResidualRotation(torch.ones(40, dtype=torch.float64), 10)
-    torch.testing.assert_close(after, rotation._by_head(before.double().t()).t().float())
+    torch.testing.assert_close(after, rotation.by_head(before.double().t(), 0).t().float())
     assert not torch.allclose(before, after, atol=1e-2)
     gain = shell.model.get_parameter("model.layers.0.input_layernorm.weight")
     assert torch.equal(gain, torch.ones_like(gain))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_no_gqa", "qwen3"])
+def test_mixed_heads_behind_rotated_values_expect_the_whole_input_rotated(
+    open_block: Callable[..., BlockContext], family: str
+) -> None:
+    context = open_block(family)
+    (site,) = (site for site in context.structure.sites if site.kind == "attention_output")
+    own = context.site(site)
+    plain = own.sample("calibration", 64).double()
+    weight = own.stacked_weight().double()
+    MixHeads().run(own)
+    heads = site.width // _head_width(context.chain.shell)
+    mixing = torch.kron(ops.rotation(heads).matrix(), torch.eye(site.width // heads, dtype=torch.float64))
+    found = own.sample("calibration", 64).double()
+    torch.testing.assert_close(found, plain @ mixing, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found @ own.stacked_weight().double().t(), plain @ weight.t(), rtol=1e-4, atol=1e-5)
+    assert own.transform is not None
+    assert own.transform.right is None
+
+
+def test_mixed_heads_when_heads_are_not_whole_expect_refusal(open_block: Callable[..., BlockContext]) -> None:
+    context = open_block()
+    (site,) = (site for site in context.structure.sites if site.kind == "attention_output")
+    context.chain.shell.config.head_dim = 4
+    with pytest.raises(StructureError, match=r"whole value heads.*heads=online"):
+        MixHeads().run(context.site(site))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +136,13 @@ def test_transform_when_a_linear_belongs_to_no_site_expect_refusal_that_names_it
         RotateResidual().transform(shell, 0)
 
 
-def test_transform_when_model_has_experts_expect_refusal_by_the_proof_of_its_structure() -> None:
+def test_transform_when_model_has_experts_expect_refusal_and_a_recipe_that_works() -> None:
     torch.manual_seed(0)
     config = MixtralConfig(**{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1})
-    shell = ModelShell.open(MixtralForCausalLM(config).eval())
-    with pytest.raises(StructureError, match=r"structure|site|experts"):
-        RotateResidual().transform(shell, 0)
+    model = MixtralForCausalLM(config).eval()
+    with pytest.raises(StructureError, match=r"mlp\.experts.*a router or experts.*gptq"):
+        RotateResidual().transform(ModelShell.open(model), 0)
+    assert {site.kind for site in mergequant.plan(model, "gptq").sites} == {"norm", "attention_output"}
 
 
 def test_apply_when_head_width_is_wrong_expect_the_proof_to_fail() -> None:

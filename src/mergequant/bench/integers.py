@@ -141,6 +141,8 @@ def _ops_of(part: Any, phase: str) -> tuple[str, ...]:
     """What a part of a layer calls. In decode, attention itself makes the codes of a quantizer that only scales."""
     if isinstance(part, Quantizer):
         kind = "dynamic_quant" if part.multiplier is None else "quant"
+        if part.left is not None:
+            return ("kronecker_dynamic_quant",)
         if part.rotates:
             return (f"hadamard_{kind}",)
         if part.scales_only and phase == "decode":

@@ -1,7 +1,7 @@
 """Calibration: activations of all windows, carried through the model block by block."""
 
 from mergequant.calibration.chain import Chain, Chunk, Prefix, Role, check_finite, chunked
-from mergequant.calibration.context import BlockContext, SiteContext
+from mergequant.calibration.context import BlockContext, SiteContext, mix_values
 from mergequant.calibration.kv import record_kv
 from mergequant.calibration.store import ActivationStore, StorePolicy
 
@@ -16,5 +16,6 @@ __all__ = [
     "StorePolicy",
     "check_finite",
     "chunked",
+    "mix_values",
     "record_kv",
 ]

@@ -81,6 +81,8 @@ class Chain:
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """What the current block is called with besides one chunk's hidden states; the cache in it is a fresh one."""
         batch, length = hidden.shape[:2]
+        if (batch, length) not in self._kwargs:
+            self._record(batch, length)
         kwargs = self._kwargs[batch, length][self.position]
         cache = self._block_cache(batch)
         if cache is not None:
@@ -134,6 +136,14 @@ class Chain:
         tokens = self._run_tokens(self.chunks[number].tokens)[rows]
         return self.shell.logits(tokens, self.hidden[number][rows])
 
+    def outputs(self, number: int) -> dict[str, Tensor]:
+        """All that the model returns for a chunk after the last block, by name.
+
+        The hidden states are among them where the model predicts no tokens: what it returns may depend on few of them.
+        """
+        found = self.shell.outputs(self._run_tokens(self.chunks[number].tokens), self.hidden[number])
+        return found if self.shell.generates else {**found, "hidden_states": self.hidden[number]}
+
     def prefix_output(self) -> Tensor:
         """What the decoder gives for the prefix after its last block (P, channels): normed, projected, as it does."""
         prefix = self._require_prefix()
@@ -180,6 +190,16 @@ class Chain:
         if self.prefix is not None:
             keys, values = (part.expand(batch, -1, -1, -1) for part in (self.prefix.keys, self.prefix.values))
             cache.update(keys, values, self.position)
+
+    def _record(self, batch: int, length: int) -> None:
+        """Arguments of the blocks for part of a chunk's windows."""
+        for chunk in self.chunks:
+            tokens = self._run_tokens(chunk.tokens[:batch])
+            if tokens.shape == (batch, length):
+                entering, kwargs = self.shell.block_kwargs(tokens, cache=self._empty_cache())
+                self._remember(entering.shape[:2], kwargs)
+                return
+        raise StructureError(f"no chunk holds {batch} windows of {length} tokens")
 
     def _remember(self, shape: torch.Size, kwargs: list[dict[str, Any]]) -> None:
         """Keep a block's arguments once per chunk shape, after checking that they do not depend on the tokens."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from mergequant.checkpoint.format import Quantization
 from mergequant.nn import NormSpec
+from mergequant.nn.spec import FLOAT_BITS
 
 __all__ = ["model_card"]
 
@@ -16,6 +17,7 @@ def model_card(
     base: str = "",
     language: str = "",
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    generates: bool = True,
 ) -> str:
     """Markdown with a YAML head that the Hub understands.
 
@@ -25,6 +27,7 @@ def model_card(
         base: name of the float model.
         language: two-letter code, if known.
         results: rows of the results table, for example {"float": {"perplexity": 7.1}, "quantized": {...}}.
+        generates: the model writes text; False for an encoder, which is used in another way.
     """
     head = ["library_name: transformers", "tags:", "- mergequant", "- quantized"]
     head += [f"base_model: {base}"] if base else []
@@ -51,7 +54,9 @@ def model_card(
         "",
         'model = mergequant.load("PATH/TO/THIS/FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
-        'print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))',
+        'print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))'
+        if generates
+        else 'print(model(**tokenizer("Once", return_tensors="pt")))',
         "```",
         "",
     ]
@@ -64,7 +69,7 @@ def _scheme(quantization: Quantization) -> str:
     counts: dict[str, int] = {}
     for spec in quantization.layers.values():
         if isinstance(spec, NormSpec):
-            text = f"norms that emit {spec.bits}-bit codes"
+            text = "norms with a bias" if spec.bits == FLOAT_BITS else f"norms that emit {spec.bits}-bit codes"
         else:
             inputs = {
                 "float": "float inputs",

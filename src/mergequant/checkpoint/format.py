@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 QUANT_METHOD = "mergequant"
-FORMAT_VERSION = "1.1"  # 1.1 added the steps of a quantized cache
+FORMAT_VERSION = "1.2"  # 1.1 added the steps of a quantized cache, 1.2 new kinds of norms, inputs and weights
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

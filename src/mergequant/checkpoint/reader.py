@@ -24,12 +24,14 @@ from mergequant.checkpoint.format import (
 )
 from mergequant.checkpoint.tensorfile import Entry, TensorFile, read_header
 from mergequant.errors import CheckpointError
+from mergequant.grids.two_level import LARGEST_STEP
 from mergequant.nn import LinearSpec, NormSpec, Spec
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 ADVICE = "fetch or write the checkpoint again"
 SHOWN = 4  # names listed in a message
+GROUP_BOUNDS = {".group_scale": (1, LARGEST_STEP), ".group_zero": (-8, 7)}  # of two-level weights
 SCALE_NAME = re.compile(r"\.weight_scale$|\.(key|value)_scale_\d$")
 
 
@@ -246,6 +248,11 @@ def _check_value(name: str, value: Tensor, limit: int | None) -> None:
                 f"{name}: gather index reaches {low}..{high}, outside the channels 0..{limit - 1}; {ADVICE}"
             )
         return
+    bounds = next((known for end, known in GROUP_BOUNDS.items() if name.endswith(end)), None)
+    if bounds is not None and not bounds[0] <= int(value.min()) <= int(value.max()) <= bounds[1]:
+        raise CheckpointError(
+            f"{name}: reaches {int(value.min())}..{int(value.max())}, outside {bounds[0]}..{bounds[1]}; {ADVICE}"
+        )
     finite = torch.isfinite(value)
     if not finite.all():
         place = tuple((~finite).nonzero()[0].tolist())

@@ -31,7 +31,8 @@ __all__ = ["CheckpointWriter", "check_place"]
 
 LARGEST_SHARD = 2 << 30  # bytes; a block that is larger has a shard of its own
 PROGRESS_NAME = "progress.json"
-OURS = re.compile(r"(lock|progress\.json|block-\d{5}\.(safetensors|json))(\.tmp)?")
+LEARNED_NAME = "learned.safetensors"
+OURS = re.compile(r"(lock|progress\.json|learned\.safetensors|block-\d{5}\.(safetensors|json))(\.tmp)?")
 FINAL, REPLACED = "final", "replaced"  # folders inside the partial one
 
 
@@ -82,7 +83,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.finished and not self._done and not self._foreign_files():
+        nothing = not self._done and not (self.partial / LEARNED_NAME).exists()
+        if not self.finished and nothing and not self._foreign_files():
             self._empty_partial(keep_lock=False)
         self._lock.release()
 
@@ -108,6 +110,24 @@ class CheckpointWriter:
         with disk_errors(self.partial):
             sync_folder(self.partial)
         self._done += 1
+
+    def write_learned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store what was learned about the whole model before its first block; it is no part of the checkpoint.
+
+        Raises:
+            CheckpointError: a disk that refuses.
+        """
+        path = self.partial / LEARNED_NAME
+        temporary = path.with_name(path.name + ".tmp")
+        with disk_errors(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
+            write_tensors(temporary, tensors)
+            os.replace(temporary, path)
+            sync_folder(self.partial)
+
+    def learned(self) -> dict[str, Tensor] | None:
+        """What `write_learned` stored in this run or the one that it goes on with; None if nothing."""
+        path = self.partial / LEARNED_NAME
+        return load_file(path) if path.is_file() else None
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Tensors of a block that is done, on the CPU."""

@@ -116,6 +116,11 @@ class Progress:
         self._bar.update(self._task, total=None)
         self._line(text)
 
+    def progress(self, text: str) -> None:
+        """How far a step is that takes long, beside the bar; a line of its own where there is no bar."""
+        self._bar.update(self._task, note=text)
+        self._line(text)
+
     def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
         """A block is done, the `index`-th of `total`."""
         self.blocks += 1

@@ -114,11 +114,14 @@ def quantize(
     output.show(*summary_view(result, chosen.name, seconds, fresh=progress.blocks > 0))
     text = "self --samples 24" if data == "self" else "OTHER_TEXT.txt"
     place, origin = shlex.quote(str(out)), shlex.quote(model)
-    output.show(
-        "Next:",
-        f"  mergequant eval {place} --against {origin} --data {text}",
-        f'  mergequant generate {place} "Once upon a time"',
-    )
+    if "nll_increase" in result.figures["held_out"]:
+        output.show(
+            "Next:",
+            f"  mergequant eval {place} --against {origin} --data {text}",
+            f'  mergequant generate {place} "Once upon a time"',
+        )
+    else:
+        output.show("Next:", f"  mergequant.load({str(out)!r}) in Python gives a model of transformers")
     output.write({"folder": str(out), "recipe": chosen.to_dict(), "seconds": seconds, "figures": result.figures})
 
 
@@ -133,13 +136,8 @@ def summary_view(result: Quantized, recipe: str, seconds: float, *, fresh: bool)
         "linear layers",
         f"{human_bytes(figures['linear_bytes'])}, {figures['linear_bits_per_parameter']:.2f} bits per parameter",
     )
-    held_out = figures.get("held_out")
-    if held_out:
-        table.add_row(
-            "on held-out data",
-            f"NLL {held_out['nll_increase']:+.4f} over float, KL {held_out['kl_mean']:.4f}, "
-            f"top-1 agreement {held_out['top1_agreement']:.1%}",
-        )
+    if held_out := figures.get("held_out"):
+        table.add_row("on held-out data", held_out_view(held_out))
     for row, (name, error) in enumerate(_worst_sites(figures["sites"])):
         table.add_row("" if row else "largest error", f"{error:.4f} at {name}")
     if figures.get("kept_float"):
@@ -148,6 +146,19 @@ def summary_view(result: Quantized, recipe: str, seconds: float, *, fresh: bool)
     table.add_row("time", human_time(seconds))
     note = "error = squared error of a site's outputs against float weights on the same held-out input, relative"
     return [table, note]
+
+
+def held_out_view(figures: Mapping[str, float]) -> str:
+    """What quantizing cost, in words: in nats for a language model, else as relative errors of all outputs."""
+    words = []
+    if "nll_increase" in figures:
+        words.append(f"NLL {figures['nll_increase']:+.4f} over float")
+    for key, value in figures.items():
+        if key.endswith("_error"):
+            words.append(f"{key.removesuffix('_error').replace('_', ' ')} off by {value:.2%}")
+    if "kl_mean" in figures:
+        words += [f"KL {figures['kl_mean']:.4f}", f"top-1 agreement {figures['top1_agreement']:.1%}"]
+    return ", ".join(words)
 
 
 def _worst_sites(sites: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, float]]:

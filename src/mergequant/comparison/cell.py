@@ -6,6 +6,7 @@ it hands on, JSON-ready, and is on disk before it is handed on.
 
 import math
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from mergequant.checkpoint import open_checkpoint
-from mergequant.checkpoint.files import read_json, write_json
+from mergequant.checkpoint.files import read_json, write_bytes, write_json
 from mergequant.comparison.memory import peak_memory
 from mergequant.data import DataSpec, Windows
 from mergequant.errors import (
     CheckpointError,
     InputError,
     KernelError,
+    MergeQuantError,
     NumericsError,
     StructureError,
     UsageError,
@@ -87,23 +89,40 @@ class Job:
         """Beside the checkpoint: time and memory that it took."""
         return self.checkpoint.with_name(f"{self.checkpoint.name}.json")
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """What every record of this cell begins with."""
+        return {
+            "recipe": self.label,
+            "name": self.recipe.name,
+            "model": self.ground.model.resolve().name,
+            "seed": self.seed,
+            "kv_bits": self.ground.kv_bits,
+        }
+
 
 def run_cell(job: Job, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Quantize unless that is done, measure, write the record. A recipe that cannot serve gives its reason."""
-    head = {
-        "recipe": job.label,
-        "name": job.recipe.name,
-        "model": job.ground.model.resolve().name,
-        "seed": job.seed,
-        "kv_bits": job.ground.kv_bits,
-    }
+    """Quantize unless that is done, measure, write the record.
+
+    A recipe that cannot serve gives its reason. So does one that ends in a fault of mergequant or a library, which
+    costs the other recipes nothing; its traceback is written beside the record.
+    """
+    traces = job.record.with_suffix(".traceback.txt")
     try:
         made = _checkpoint(job, reporter)
         if reporter is not None:
             reporter.phase(f"{job.label}, seed {job.seed}: measuring")
-        record = {**head, "reason": None, **made, **_measure(job.ground, job.checkpoint)}
+        record = {**job.head, "reason": None, **made, **_measure(job.ground, job.checkpoint)}
     except REFUSALS as error:
-        record = {**head, "reason": " ".join(str(error).split())}
+        record = {**job.head, "reason": " ".join(str(error).split())}
+    except (MergeQuantError, OSError):
+        raise
+    except Exception as error:
+        write_bytes(traces, traceback.format_exc().encode())
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        record = {**job.head, "reason": f"a fault of mergequant or of a library, please report it: {words} ({traces})"}
+    else:
+        traces.unlink(missing_ok=True)
     write_json(job.record, record)
     return record
 

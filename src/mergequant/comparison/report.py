@@ -7,6 +7,7 @@ seeds, a spread is the highest minus the lowest.
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from rich import box
 from rich.table import Table
 
 from mergequant.checkpoint.files import write_bytes
+from mergequant.comparison.papers import PAPER_COLUMNS, PAPERS, paper_increase, paper_lines
 from mergequant.comparison.picture import NO_PICTURE, Point, picture
 from mergequant.eval import human_bytes
 from mergequant.recipes import Recipe
@@ -24,6 +26,7 @@ from mergequant.recipes import Recipe
 __all__ = ["Comparison"]
 
 TABLE, SHEET, RESULTS, PICTURE = "table.md", "table.csv", "results.json", "picture.png"
+LABEL_WIDTH = 24  # of a terminal's first column, at least, where a label is as long
 MEASURES = ("nll_increase", "perplexity", "kl_mean", "top1_agreement")
 MADE = ("bits_per_parameter", "linear_bits_per_parameter", "activation_bits", "seconds")
 
@@ -82,8 +85,7 @@ class Comparison:
         parts += [f"- {row['recipe']}: {row['reason']}" for row in self.rows() if row["reason"]]
         papers = self._papers()
         if papers:
-            parts += ["Figures of the papers, in their own settings: comparable only where model and text agree."]
-            parts += [_markdown(PAPER_COLUMNS, papers)]
+            parts += [PAPERS, _markdown(PAPER_COLUMNS, papers)]
         return "\n\n".join(parts) + "\n"
 
     def csv(self) -> str:
@@ -107,12 +109,19 @@ class Comparison:
 
     def tables(self) -> list[Table | str]:
         """For a terminal."""
-        head, *lines = self._cells_of_table()
-        parts: list[Table | str] = [_table(head, lines), self._caption()]
+        head, *lines = self._cells_of_table(tasks=False)
+        parts: list[Table | str] = [_table(head, lines)]
+        if self._tasks():
+            own = [self.float_["tasks"], *(row["tasks"] for row in self.rows())]
+            accuracies = [[line[0], *(_accuracy(found.get(task)) for task in self._tasks())] for line, found in zip(
+                lines, own, strict=True
+            )]  # fmt: skip
+            parts.append(_table(["accuracy", *self._tasks()], accuracies))
+        parts.append(self._caption())
         parts += [f"{row['recipe']}: {row['reason']}" for row in self.rows() if row["reason"]]
         papers = self._papers()
         if papers:
-            parts.append(_table(PAPER_COLUMNS, papers, "figures of the papers, in their own settings"))
+            parts.append(_table(PAPER_COLUMNS, papers, PAPERS))
         return parts
 
     def write(self, folder: Path) -> None:
@@ -162,25 +171,26 @@ class Comparison:
                 task: _task([cell["tasks"][task] for cell in done]) for task in (done[0]["tasks"] if done else ())
             },
             "texts": texts,
-            "expected": [vars(figure) for figure in recipe.expected],
+            "expected": [{**vars(figure), "nll_increase": paper_increase(figure)} for figure in recipe.expected],
         }
 
     def _tasks(self) -> list[str]:
         return list(self.float_.get("tasks", {}))
 
-    def _cells_of_table(self) -> list[list[str]]:
-        """Heading and lines: the float model, then every recipe."""
+    def _cells_of_table(self, tasks: bool = True) -> list[list[str]]:
+        """Heading and lines: the float model, then every recipe; with or without tasks."""
+        names = self._tasks() if tasks else []
         head = ["recipe"]
         for text in self.texts:
             where = f" {text}" if len(self.texts) > 1 else ""
             head += [f"ppl{where}", f"D{where}", f"KL{where}", f"top-1{where}"]
-        head += [*self._tasks(), "bits/param", "linear bits", "act bits", "s", "peak"]
+        head += [*names, "bits/param", "linear bits", "act bits", "s", "peak"]
         lines = [head]
         if self.float_:
             line = ["float"]
             for text in self.texts:
                 line += [_shown(self.float_["texts"][text]["perplexity"], "{:.2f}"), "0", "0", "100.0%"]
-            line += [_accuracy(self.float_["tasks"][task]) for task in self._tasks()]
+            line += [_accuracy(self.float_["tasks"][task]) for task in names]
             line += [_shown(self.float_[key], "{:.2f}") for key in ("bits_per_parameter", "linear_bits_per_parameter")]
             lines.append([*line, "-", "-", "-"])
         for row in self.rows():
@@ -189,7 +199,7 @@ class Comparison:
                 own = row["texts"].get(text, {})
                 line += [_shown(own.get("perplexity"), "{:.2f}"), _with_spread(own, len(row["seeds"]))]
                 line += [_shown(own.get("kl_mean"), "{:.4f}"), _shown(own.get("top1_agreement"), "{:.1%}")]
-            line += [_accuracy(row["tasks"].get(task)) for task in self._tasks()]
+            line += [_accuracy(row["tasks"].get(task)) for task in names]
             line += [_shown(row["bits_per_parameter"], "{:.2f}"), _shown(row["linear_bits_per_parameter"], "{:.2f}")]
             line += [_shown(row["activation_bits"], "{:.1f}"), _shown(row["seconds"], "{:.0f}")]
             lines.append([*line, "-" if row["peak_memory_bytes"] is None else human_bytes(row["peak_memory_bytes"])])
@@ -216,18 +226,8 @@ class Comparison:
 
     def _papers(self) -> list[list[str]]:
         """Lines of the papers' figures, ours beside them."""
-        lines = []
-        for row in self.rows():
-            ours = _shown(row["perplexity"], "perplexity {:.2f}")
-            floats = _shown(self.float_["texts"][self.texts[0]]["perplexity"], "{:.2f}") if self.float_ else "-"
-            setting = f"{self.model}, {self.texts[0]} (float {floats})"
-            for figure in self.recipes[row["recipe"]].expected:
-                told = [figure.metric, f"{figure.value:g}", figure.setting, figure.source]
-                lines.append([row["recipe"], *told, ours if "perplexity" in figure.metric.lower() else "-", setting])
-        return lines
-
-
-PAPER_COLUMNS = ["recipe", "the paper's figure", "value", "its setting", "source", "ours", "our setting"]
+        where = f"{self.model}, {self.texts[0]}"
+        return [line for row in self.rows() for line in paper_lines(row, self.recipes[row["recipe"]].expected, where)]
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -279,10 +279,17 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(word.replace("|", r"\|") for word in line) + " |" for line in whole)
 
 
+def _breakable(label: str) -> str:
+    """A label whose settings may stand on lines of their own."""
+    return label if len(label) <= LABEL_WIDTH else re.sub(r"([:,])(?=[A-Za-z_][\w.]*=)", r"\1 ", label)
+
+
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
     for number, word in enumerate(head):
-        table.add_column(word, justify="right" if number and title is None else "left", overflow="fold")
+        widest = 0 if number else min(LABEL_WIDTH, max((len(line[0]) for line in lines), default=0))
+        right = number and title is None
+        table.add_column(word, justify="right" if right else "left", overflow="fold", min_width=widest or None)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(_breakable(line[0]), *line[1:])
     return table

@@ -9,10 +9,7 @@ A cell whose record is there is not run again; nor is a recipe quantized again w
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +23,7 @@ from mergequant.bench.machine import describe_device, versions
 from mergequant.checkpoint.files import disk_errors
 from mergequant.comparison.cell import Ground, Job, run_cell, run_float, stored_record
 from mergequant.comparison.report import Comparison
+from mergequant.comparison.workers import work_off
 from mergequant.data import DataLike, DataSpec, Windows, as_data_spec, check_seqlen, head_windows
 from mergequant.data.spec import PathSource, TextSource, TokenSource
 from mergequant.errors import DataError, UsageError
@@ -143,11 +141,11 @@ def _run(jobs: Sequence[Job], workers: int, reporter: Reporter) -> Iterator[dict
     records = _one_by_one(pending, reporter) if workers == 1 or len(pending) < 2 else _side_by_side(pending, workers)
     refused: set[str] = set()
     for number, record in enumerate(records, 1):
-        if record["recipe"] in refused:
-            continue
-        if record["reason"]:
-            refused.add(record["recipe"])
         reporter.phase(f"{record['recipe']}, seed {record['seed']}: {_outcome(record)} ({number} of {len(pending)})")
+        if record["reason"]:
+            if record["recipe"] in refused:
+                continue
+            refused.add(record["recipe"])
         yield record
 
 
@@ -168,23 +166,17 @@ def _one_by_one(jobs: Sequence[Job], reporter: Reporter) -> Iterator[dict[str, A
 
 
 def _side_by_side(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
-    """In processes of their own, started anew, since forked ones cannot use a GPU."""
+    """In processes of their own. All seeds of the first recipe come first: who names slow recipes first waits less."""
     groups: dict[Path, list[Job]] = {}
-    for job in jobs:  # two labels may mean one recipe, and one checkpoint has one writer
-        groups.setdefault(job.checkpoint, []).append(job)
-    threads = max((os.cpu_count() or 1) // workers, 1)
-    with multiprocessing.get_context("spawn").Pool(workers, _begin_worker, (threads,)) as pool:
-        for records in pool.imap_unordered(_run_group, groups.values()):
-            yield from records
+    labels = list(dict.fromkeys(job.label for job in jobs))
+    for job in sorted(jobs, key=lambda job: labels.index(job.label)):
+        groups.setdefault(job.checkpoint, []).append(job)  # two labels may mean one recipe; one writer per checkpoint
+    return work_off(list(groups.values()), workers, run_cell, _lost)
 
 
-def _begin_worker(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the workers
-    torch.set_num_threads(threads)
-
-
-def _run_group(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    return [run_cell(job) for job in jobs]
+def _lost(job: Job, how: str) -> dict[str, Any]:
+    why = f"its process {how}, as happens when memory runs out; fewer --workers or --samples need less"
+    return {**job.head, "reason": why}
 
 
 def _job(ground: Ground, place: Path, source: str, label: str, recipe: Recipe, seed: int) -> Job:

@@ -1,8 +1,9 @@
 """Cut token windows out of data: seeded random ones for calibration, consecutive ones for evaluation.
 
 Text is tokenized as one stream without special tokens. A window of `seqlen` tokens is BOS and `seqlen - 1` text tokens,
-or `seqlen` text tokens without BOS. Windows are taken at non-overlapping slots of the stream, so that no two windows of
-one draw share a token; held-out windows of a text moreover never repeat an n-gram of the calibration windows.
+or `seqlen` text tokens without BOS. Where a tokenizer has no BOS but a class token (BERT), that one stands for it.
+Windows are taken at non-overlapping slots of the stream, so that no two windows of one draw share a token; held-out
+windows of a text moreover never repeat an n-gram of the calibration windows.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ _MAX_TEXT = 1 << 26  # characters of one source that random draws look at
 class Windows:
     """A set of token windows and where they come from.
 
-    tokens: (N, T) int64. begins_with_bos: whether token 0 of each window is BOS.
+    tokens: (N, T) int64. begins_with_bos: whether token 0 of each window is BOS, or an encoder's class token.
     stride: text tokens between the starts of consecutive windows if less than a window, else None.
     fingerprint: sha256 over shape and tokens. text_truncated: the source was longer than what draws look at.
     """
@@ -280,8 +281,10 @@ def _prepare(data: DataLike, tokenizer: PreTrainedTokenizerBase, seqlen: int, bo
     """The parsed spec, the BOS id to put first (or None), and the text tokens per window."""
     spec = as_data_spec(data)
     token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if token is None:  # an encoder's tokenizer: texts begin with the class token
+        token = getattr(tokenizer, "cls_token_id", None)
     if bos is True and token is None:
-        raise UsageError("bos=True, but the tokenizer has no BOS token; use bos='auto' or bos=False.")
+        raise UsageError("bos=True, but the tokenizer has no BOS or class token; use bos='auto' or bos=False.")
     if any(isinstance(part.source, TokenSource) for part in spec.parts):
         first = [part.source.tokens[:, 0] for part in spec.parts if isinstance(part.source, TokenSource)]
         token = token if token is not None and bool((torch.cat(first) == token).all()) else None

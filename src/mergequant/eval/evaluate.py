@@ -24,6 +24,7 @@ from mergequant.errors import InputError, ModelError, UsageError
 from mergequant.eval.perplexity import CacheMaker, Scores, score
 from mergequant.eval.report import FLOAT_KV_BITS, ModelReport, Report
 from mergequant.eval.size import Size, folder_size, memory_size
+from mergequant.models import predicts_tokens
 
 __all__ = ["KV_CHOICES", "TaskRunner", "evaluate", "load_model", "load_tokenizer"]
 
@@ -68,12 +69,15 @@ def evaluate(
     kv_bits: 16, or 8 or 4 for a `model` that attends through a quantized cache, as it does while it generates.
 
     Raises `OverlapError`, before anything is computed, when the data overlaps the calibration or held-out data that the
-    checkpoint remembers; `DataError`, `UsageError`, `ModelError` and `NumericsError` as the parts do.
+    checkpoint remembers; `UsageError` for an encoder, which predicts no next token; `DataError`, `UsageError`,
+    `ModelError` and `NumericsError` as the parts do.
     """
     spec = as_data_spec(data)
     if kv_bits not in KV_CHOICES:
         raise UsageError(f"--kv {kv_bits}: choose one of {', '.join(map(str, KV_CHOICES))}.")
     configs = [_config(model), *([_config(against)] if against is not None else [])]
+    for config in configs:
+        _require_next_token(config)
     check_seqlen(seqlen, min((n for c in configs if (n := _max_positions(c)) is not None), default=None))
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
@@ -188,6 +192,21 @@ def _config(model: ModelLike) -> Any:
         raise ModelError(f"Model {str(folder)!r}: config.json is not one that transformers knows ({error}).") from error
 
 
+def _require_next_token(config: Any) -> None:
+    """Refuse an encoder, with the figures that there are for it."""
+    if predicts_tokens(config):
+        return
+    named = (config.architectures or [type(config).__name__])[0]
+    figures = (_quantization(config).get("figures") or {}).get("held_out") or {}
+    errors = [f"{key.removesuffix('_error')} {value:.2%}" for key, value in figures.items() if key.endswith("_error")]
+    known = f" On held-out windows its relative errors were: {', '.join(errors)}." if errors else ""
+    raise UsageError(
+        f"{named} predicts no next token: it cannot write, and perplexity, KL divergence and zero-shot tasks say "
+        f"nothing about it.{known} What quantizing costs it is measured while it is quantized (README.md of the "
+        "checkpoint); to know more, run its own task on both models: mergequant.load(DIR) gives a transformers model."
+    )
+
+
 def _max_positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -214,11 +233,12 @@ def load_model(
 
     dtype: None takes the saved one for a quantized folder, float32 for a float one. serve, kv_bits: as
     `mergequant.load`, for quantized folders; scoring runs forward passes, which need neither. Raises `ModelError`,
-    `CheckpointError` and `UsageError`.
+    `CheckpointError`, and `UsageError`, also for an encoder: who asks here wants a model that writes.
     """
     if isinstance(model, PreTrainedModel):
         return model
     folder = _need_folder(model)
+    _require_next_token(_config(model))
     if _is_quantized(_config(model)):
         import mergequant  # here, because the public face itself exports `evaluate`
 

@@ -3,6 +3,7 @@
 from mergequant.grids.integer import IntegerGrid
 from mergequant.grids.packing import container_bits, pack_codes, packed_width, unpack_codes
 from mergequant.grids.quantizer import AbsMax, ClipSearch, QTensor, Quantizer, fitting_group
+from mergequant.grids.two_level import TwoLevelQuantizer, TwoLevelTensor
 
 __all__ = [
     "AbsMax",
@@ -10,6 +11,8 @@ __all__ = [
     "IntegerGrid",
     "QTensor",
     "Quantizer",
+    "TwoLevelQuantizer",
+    "TwoLevelTensor",
     "container_bits",
     "fitting_group",
     "pack_codes",

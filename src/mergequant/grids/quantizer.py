@@ -78,6 +78,10 @@ class QTensor:
         """Float values (rows, width) in the dtype of the scales."""
         return decode(self.codes.to(self.scale.dtype), self.scale)
 
+    def rows(self, start: int, stop: int) -> "QTensor":
+        """Rows start..stop."""
+        return QTensor(self.codes[start:stop], self.scale[start:stop], self.grid)
+
     def bits_per_element(self) -> float:
         """Stored bits per element: codes and scales, in their containers."""
         stored = self.codes.numel() * container_bits(self.grid.bits) + self.scale.numel() * 32

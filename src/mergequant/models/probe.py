@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from mergequant.errors import StructureError
 from mergequant.models.roles import NormKind, NormRole, Producer, Site
 
-__all__ = ["TOLERANCE", "all_double", "identify_norm", "probe", "relative_difference"]
+__all__ = ["TOLERANCE", "all_double", "identify_norm", "inputs_edited", "probe", "relative_difference"]
 
 TOLERANCE = 1e-10
 MATTERS = 1e-3  # consumers scaled alone must change the output by more than this, or the proof proves nothing
 
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+Edit = Callable[[torch.Tensor], torch.Tensor]
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
@@ -82,14 +83,12 @@ def identify_norm(name: str, module: nn.Module, width: int, generator: torch.Gen
 def probe(block: nn.Module, site: Site, run: Run, hidden: torch.Tensor, generator: torch.Generator) -> float:
     """Relative change of a block's output when random s in [1/4, 4] moves from a site's consumers to what feeds it.
 
-    The norm's gain and bias (or the producer's rows) are divided by s, the consumers' columns multiplied; the block's
-    parameters must be float64 and are as before when this returns. A structure is right when the result is rounding
-    noise (below `TOLERANCE`). Raises StructureError when the site has nothing to move s to, or when even the consumers
-    alone can be scaled without effect, so that nothing would be proven.
+    The consumers' columns are multiplied by s, and the norm's gain and bias (or the producer's rows) divided; with
+    neither, the input of each consumer is. The block's parameters must be float64 and are as before when this returns.
+    A structure is right when the result is rounding noise (below `TOLERANCE`). Raises StructureError when even the
+    consumers alone can be scaled without effect, so that nothing would be proven.
     """
-    feeding = site.norm.name if site.norm else site.producer.rows.linear if site.producer else None
-    if feeding is None:
-        raise StructureError(f"Site {site.name} has neither a norm nor a producer, so there is nothing to prove.")
+    feeding = [site.norm.name] if site.norm else [site.producer.rows.linear] if site.producer else []
     device = hidden.device
     if site.producer is not None and site.norm is None:
         rows = site.producer.rows
@@ -98,7 +97,7 @@ def probe(block: nn.Module, site: Site, run: Run, hidden: torch.Tensor, generato
     else:
         factor = s = _random_scale(site.width, generator).to(device)
     before = run(block, hidden)
-    with _kept(block, [*site.consumers, feeding]):
+    with _kept(block, [*site.consumers, *feeding]):
         for name in site.consumers:
             _tensor(block, f"{name}.weight").mul_(s)
         alone = relative_difference(run(block, hidden), before)
@@ -111,7 +110,30 @@ def probe(block: nn.Module, site: Site, run: Run, hidden: torch.Tensor, generato
             _scale_norm(block.get_submodule(site.norm.name), site.norm, s)
         elif site.producer is not None:
             _scale_rows(block, site.producer, factor)
+        else:
+            with inputs_edited(block, site.consumers, lambda x: x / s):
+                return relative_difference(run(block, hidden), before)
         return relative_difference(run(block, hidden), before)
+
+
+@contextmanager
+def inputs_edited(block: nn.Module, names: Sequence[str], edit: Edit) -> Iterator[None]:
+    """Let some modules of a block read an edited form of their first argument for a while."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: edit(kwargs[name])}
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _scale_norm(module: nn.Module, role: NormRole, s: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 __all__ = ["BlockStructure", "NormKind", "NormRole", "Producer", "RowSlice", "Site", "SiteKind"]
 
 NormKind = Literal["rms", "layer"]
-SiteKind = Literal["norm", "attention_output", "mlp_output"]
+SiteKind = Literal["norm", "stream", "attention_output", "mlp_output"]
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,15 @@ class Site:
     """Linears that read one tensor, and what can be rescaled in front of them.
 
     name       the norm's name for kind "norm", else the first consumer's; relative to the block
-    kind       "norm", "attention_output" (input mixes tokens: o_proj) or "mlp_output" (down_proj, fc2)
+    kind       "norm", "stream" (input is the residual stream itself: the residual connection of a block whose norms
+               come last reads it too), "attention_output" (input mixes tokens: o_proj) or "mlp_output" (down_proj, fc2)
     consumers  names of the linears, in forward order
     width      number of input channels
     norm       the norm that feeds it, for kind "norm"
     producer   linear rows proven to absorb 1/s, or None (a GELU between fc1 and fc2 allows none)
     deviation  largest relative change of the block's output, in float64, when s is moved across the site by random
-    factors:
-               through the norm, or through the producer; 0.0 where nothing can be moved
+               factors: through the norm, through the producer, or where nothing else can take it up by dividing what
+               the consumers read
     """
 
     name: str
@@ -91,14 +92,23 @@ class Site:
     producer: Producer | None
     deviation: float
 
+    @property
+    def begins_module(self) -> bool:
+        """Whether attention or an MLP begins here, reading what the residual stream holds by then."""
+        return self.kind in ("norm", "stream")
+
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """Sites in forward order, all linears in forward order, and the linears that belong to no site."""
+    """Sites in forward order, all linears in forward order, and the linears that belong to no site.
+
+    `causal`: no token's output depends on later tokens. An encoder's block is not causal and can keep no cache.
+    """
 
     sites: tuple[Site, ...]
     linears: tuple[str, ...]
     unserved: tuple[str, ...]
+    causal: bool = True
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A transformers causal LM whose blocks hold no weights until they are asked for.
+"""A transformers causal LM or text encoder whose blocks hold no weights until they are asked for.
 
 Only one block needs to be in memory at a time. What flows between the blocks, masks and position embeddings are
 computed by the model's own forward: it is run with the blocks passing their input through, so that no family needs code
@@ -23,7 +23,7 @@ from mergequant.errors import StructureError, UsageError, WeightsError
 from mergequant.models.discover import discover, draw_parameters
 from mergequant.models.probe import Run, all_double, identify_norm
 from mergequant.models.roles import BlockStructure
-from mergequant.models.skeleton import build_skeleton, causal_lm_class, check_config, local_folder, read_config
+from mergequant.models.skeleton import build_skeleton, check_config, local_folder, model_class, read_config
 from mergequant.models.structure import find_blocks
 from mergequant.models.transform import ModelTransform, OutsideParts, prove_transform
 from mergequant.models.weights import SafetensorsSource, StateDictSource, WeightSource
@@ -31,10 +31,11 @@ from mergequant.models.weights import SafetensorsSource, StateDictSource, Weight
 __all__ = ["ModelShell"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # of BERTs saved long ago
 
 
 class ModelShell:
-    """A causal LM, opened by `ModelShell.open`, with the weights outside the blocks in place and the blocks empty.
+    """A causal LM or an encoder, opened by `ModelShell.open`: weights outside the blocks in place, the blocks empty.
 
     model          the transformers model (eval mode, no gradients); its blocks are on meta until `load_block`
     config         its config (a copy)
@@ -46,7 +47,8 @@ class ModelShell:
     stored_dtype   dtype that holds most float weights in the source
     vocabulary     number of rows of the embedding
     max_positions  longest sequence that the config allows, or None
-    final_norm_name, head_name   the norm after the last block (None if there is none) and the output projection
+    final_norm_name, head_name   the norm after the last block and the output projection over the vocabulary, None for
+                   a model without
     unused         names in the source that belong to no parameter
     transforms     what `apply` was given, in order; blocks go through them when they are loaded
     untied_parameters   how many parameters `apply` added by giving a tied head a weight of its own
@@ -63,6 +65,7 @@ class ModelShell:
         self.model = model
         self.config: PreTrainedConfig = model.config
         self.config.dtype = dtype
+        self.config.architectures = [type(model).__name__]
         self.folder, self.source, self.device, self.dtype = folder, source, device, dtype
         prefix, self.blocks = find_blocks(model)
         self.block_names = [f"{prefix}.{i}" for i in range(len(self.blocks))]
@@ -93,8 +96,8 @@ class ModelShell:
         All tensors are checked for presence and shape at once, those outside the blocks also for non-finite values.
 
         Raises ModelError (no such folder, unreadable config), WeightsError (missing, corrupt, misshapen, non-finite
-        tensors), StructureError (no single stack of blocks), UsageError (already quantized, not a decoder, `dtype` not
-        a float).
+        tensors), StructureError (no single stack of blocks), UsageError (already quantized, neither a decoder nor an
+        encoder, `dtype` not a float).
         """
         if dtype not in FLOATS:
             raise UsageError(f"A model is opened in a float dtype, not in {dtype}.")
@@ -103,12 +106,13 @@ class ModelShell:
             folder = None
             check_config(model.config.to_dict(), f"The given {type(model).__name__}")
             skeleton = build_skeleton(type(model), model.config, None)
-            skeleton.generation_config = copy.deepcopy(model.generation_config)
+            if model.can_generate():
+                skeleton.generation_config = copy.deepcopy(model.generation_config)
             source = StateDictSource(model.state_dict(), model.config.to_json_string())
         else:
             folder = local_folder(model)
             config = read_config(folder)
-            skeleton = build_skeleton(causal_lm_class(config), config, folder)
+            skeleton = build_skeleton(model_class(config), config, folder)
             source = SafetensorsSource(folder)
         return cls(skeleton, source, folder, torch.device(device), dtype)
 
@@ -151,6 +155,11 @@ class ModelShell:
 
     def outside_parts(self) -> OutsideParts:
         """Embedding, final norm and head. Raises StructureError where they are not what a transform can change."""
+        if self.head_name is None:
+            raise StructureError(
+                f"{type(self.model).__name__} has no output projection over its vocabulary, so its residual stream "
+                "cannot be transformed. Choose a recipe that leaves it as it is: smoothquant, or gptq"
+            )
         embedding = self.model.get_input_embeddings()
         head = self.model.get_submodule(self.head_name)
         width = int(embedding.get_parameter("weight").shape[1])
@@ -169,8 +178,8 @@ class ModelShell:
         return OutsideParts(embedding, norm, role, head)
 
     def _untie_head(self) -> None:
-        embedding, head = self.model.get_input_embeddings(), self.model.get_submodule(self.head_name)
-        shared = embedding.get_parameter("weight")
+        parts = self.outside_parts()
+        head, shared = parts.head, parts.embedding.get_parameter("weight")
         if head._parameters.get("weight") is shared:
             head._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
             self.untied_parameters += shared.numel()
@@ -199,6 +208,8 @@ class ModelShell:
         for name, tensor in tensors.items():
             for alias in [name, *aliases[id(tensor)]]:
                 spellings = [alias, alias.removeprefix(prefix), prefix + alias]
+                for new, old in OLD_NAMES.items():
+                    spellings += [name.replace(new, old) for name in spellings if name.endswith(new)]
                 if found := next((spelling for spelling in spellings if spelling in held), None):
                     stored[name] = found
                     break
@@ -283,12 +294,19 @@ class ModelShell:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, vocabulary) for the hidden states (B, T, width) that leave the last block.
+    def outputs(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model returns, by name, when the hidden states (B, T, width) leave its last block.
 
-        The model's own code makes them, whatever it does after its blocks (norm, projection, scaling, soft caps).
+        The model's own code makes it, whatever it does after its blocks (norm, projection, pooling, soft caps).
         """
         return self._pass_through(input_ids, leaving=hidden)[0]
+
+    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The output "logits": (B, T, vocabulary) of a language model. Raises StructureError for a model without."""
+        found = self.outputs(input_ids, hidden)
+        if "logits" not in found:
+            raise StructureError(f"{type(self.model).__name__} returns {', '.join(found)}, but no logits.")
+        return found["logits"]
 
     @torch.no_grad()
     def final_hidden(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -314,8 +332,8 @@ class ModelShell:
 
     def _pass_through(
         self, input_ids: torch.Tensor, *, cache: Cache | None = None, leaving: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
-        """Run the model with blocks that do nothing: (logits, hidden states entering block 0, arguments of each block).
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[dict[str, Any]]]:
+        """Run the model with blocks that do nothing: (its outputs, what enters block 0, arguments of each block).
 
         `leaving` replaces what the last block returns; without it only the last token's logits are made.
         """
@@ -335,17 +353,24 @@ class ModelShell:
             return forward
 
         options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
-        if leaving is None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if leaving is None:
             options["logits_to_keep"] = 1
         with _forwards_replaced(self.blocks, stand_in):
-            output = self.model(input_ids.to(self.device), **options)
+            output = self._forward(input_ids, options)
         recorded = [call for call in calls if call is not None]
         if len(recorded) != len(self.blocks) or len(entered) != len(self.blocks):
             raise StructureError(
                 f"{type(self.model).__name__} did not call each of its {len(self.blocks)} blocks once ({len(entered)} "
                 "calls), so its blocks cannot be treated one after the other."
             )
-        return output.logits, entered[0], recorded
+        made = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+        return made, entered[0], recorded
+
+    def _forward(self, input_ids: torch.Tensor, options: dict[str, Any]) -> Any:
+        """The model's own forward, with those of the options that it knows."""
+        known = inspect.signature(self.model.forward).parameters
+        options = {name: value for name, value in options.items() if name in known}
+        return self.model(input_ids.to(self.device), **options)
 
     def _check_tokens(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.numel() == 0:
@@ -396,6 +421,12 @@ class ModelShell:
             structures.append(found[tree])
         return structures
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model predicts the next token: a projection over the vocabulary behind blocks that see no later
+        token."""
+        return self.head_name is not None and all(structure.causal for structure in self.structures)
+
     def structure(self, index: int = 0) -> BlockStructure:
         """The proven structure of one block."""
         return self.structures[index]
@@ -439,13 +470,13 @@ class ModelShell:
 
         with _forwards_replaced(self.blocks, first):
             try:
-                self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+                self._forward(torch.zeros(1, 2, dtype=torch.int64), {"use_cache": False})
             except Found:
                 return found[0]
         raise StructureError(f"{type(self.model).__name__} does not run {self.block_names[0]} in its forward.")
 
     @torch.no_grad()
-    def _find_tail(self) -> tuple[str | None, str]:
+    def _find_tail(self) -> tuple[str | None, str | None]:
         """Names of the final norm and the head: the norm is the first module after the blocks with a 1-D weight."""
         after: list[str] = []
         inside = tuple(f"{name}." for name in self.block_names)
@@ -461,11 +492,9 @@ class ModelShell:
                 handle.remove()
         head = self.model.get_output_embeddings()
         head_name = next((name for name, module in self.model.named_modules() if module is head), None)
-        if head_name is None:
-            raise StructureError(f"{type(self.model).__name__} has no output projection, so it gives no logits.")
         tail = after[len(after) - after[::-1].index(self.block_names[-1]) :]
-        vectors = {name.rpartition(".")[0] for name, parameter in self.model.named_parameters() if parameter.dim() == 1}
-        norms = [name for name in tail if name in vectors and name != head_name]
+        gains = {name for name, parameter in self.model.named_parameters() if parameter.dim() == 1}
+        norms = [name for name in tail if f"{name}.weight" in gains]
         return (norms[0] if norms else None), head_name
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from mergequant.errors import ModelError, UsageError
 
-__all__ = ["build_skeleton", "causal_lm_class", "check_config", "local_folder", "read_config"]
+__all__ = ["build_skeleton", "check_config", "local_folder", "model_class", "predicts_tokens", "read_config"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -67,26 +75,50 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
-    """Raises UsageError for a model that is already quantized, or has an encoder."""
+    """Raises UsageError for a model that is already quantized, or has both an encoder and a decoder."""
     if config.get("quantization_config"):
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UsageError(f"{name} is already quantized ({method}). Start from the float model.")
     if config.get("is_encoder_decoder"):
         raise UsageError(
-            f"{name} is an encoder-decoder ({config.get('model_type')}). Only decoder models are supported."
+            f"{name} is an encoder-decoder ({config.get('model_type')}). Decoders, and encoders, alone are supported."
         )
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that transformers uses for a causal LM of this config. Raises UsageError when it has none."""
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping or getattr(config, "is_decoder", True) is False:
+def predicts_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a folder with this config is opened as a language model, which predicts the next token."""
+    return type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "is_decoder", True) is not False
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a folder with this config is opened with.
+
+    A decoder is opened as a causal LM. A text encoder is opened as the class that its config names (`architectures`,
+    which tells its head), or bare when it names none. Raises UsageError for anything else.
+    """
+    decoders: Any = AutoModelForCausalLM._model_mapping
+    bare: Any = AutoModel._model_mapping
+    if predicts_tokens(config):
+        return _first(decoders[type(config)])
+    if type(config) not in bare or not hasattr(config, "vocab_size"):
         raise UsageError(
-            f"{config.model_type} is not a decoder language model (transformers has no causal LM for this config). "
-            "Give a model of the Llama, Mistral, Qwen, Gemma, Phi-3 or OPT kind."
+            f"{config.model_type} is neither a decoder language model nor a text encoder that transformers knows. Give "
+            "a model of the Llama, Mistral, Qwen, Gemma, Phi-3, OPT or BERT kind."
         )
-    found = mapping[type(config)]
+    found = _first(bare[type(config)])
+    named = (config.architectures or [found.__name__])[0]
+    module = importlib.import_module(found.__module__)  # a head stands in the module of the model that it is put on
+    chosen = getattr(module, named, None)
+    if not isinstance(chosen, type) or not issubclass(chosen, PreTrainedModel):
+        raise UsageError(
+            f"The config names the architecture {named!r}, which transformers' {config.model_type} does not have. Set "
+            f"architectures to [{found.__name__!r}] in config.json to open it without a head."
+        )
+    return chosen
+
+
+def _first(found: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -94,7 +126,7 @@ def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, folder:
     """A model in eval mode with its parameters on meta and real buffers; tied parameters are one object.
 
     Buffers are built in float32, as `from_pretrained` keeps them: a rotary table in bf16 would be a different model.
-    Attention is "sdpa" where the class supports it, else "eager". `config` is copied.
+    Attention is "sdpa" where the class supports it, else "eager"; experts are always "eager". `config` is copied.
     """
     config = copy.deepcopy(config)
     attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
@@ -103,13 +135,15 @@ def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, folder:
             model = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
     except Exception as error:  # whatever a model class raises for sizes that do not fit together
         raise ModelError(f"{cls.__name__} cannot be built from its config: {error}") from error
-    if folder is not None and (folder / "generation_config.json").is_file():
+    if folder is not None and model.can_generate() and (folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise ModelError(
                 f"{folder / 'generation_config.json'} cannot be read: {error}. Repair or delete it."
             ) from error
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # proofs run in float64, which grouped products do not
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

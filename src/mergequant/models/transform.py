@@ -107,7 +107,8 @@ def _checked(what: str, found: Tensor, expected: Tensor) -> float:
 def _random_outside(shell: "ModelShell", generator: torch.Generator) -> Iterator[None]:
     """Random float64 parameters outside the blocks for a while, embedding and head cut to a few rows."""
     inside = tuple(f"{name}." for name in shell.block_names)
-    cut = {id(shell.model.get_input_embeddings()), id(shell.model.get_submodule(shell.head_name))}
+    parts = shell.outside_parts()
+    cut = {id(parts.embedding), id(parts.head)}
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     drawn: dict[int, nn.Parameter] = {}  # tied ones stay tied
     for path, module in shell.model.named_modules():

@@ -10,6 +10,7 @@ from mergequant import ops
 from mergequant.errors import CheckpointError, KernelError
 from mergequant.grids import container_bits, pack_codes, packed_width, unpack_codes
 from mergequant.grids.quantizer import decode
+from mergequant.grids.two_level import fine_codes, middle_codes
 from mergequant.nn.base import QuantModule
 from mergequant.nn.spec import InputSpec, LinearSpec
 from mergequant.nn.tiled_rows import TiledRows
@@ -27,38 +28,67 @@ SHARED = "the weights of this layer lie in tiles that other layers share; load t
 class InputQuantizer(QuantModule):
     """Turns the float input of a linear layer into codes, with static or dynamic scales.
 
-    Buffers (static only):
-        multiplier: float32 (width,) or (1,), 1 / step.
-        index: int32 (width,), channel that each code reads; only if `spec.gathers`.
-        shift: float32 (width,); only if `spec.shifts`.
+    Buffers:
+        multiplier: float32 (width,) or (1,), 1 / step, for static inputs; else (in_width,), only if
+            `spec.per_channel`, and applied to the input before anything else.
+        index: int32 (width + sum(merges),), channel that each code reads, then those that are added to codes' inputs;
+            only if `spec.gathers`.
+        shift: float32, as long as the multiplier per channel, added behind it; only if `spec.shifts`.
+
+    Buffers (dynamic only):
+        left: float32 (left, left), right: float32 (right, right): factors of a Kronecker product that the input is
+            multiplied by before its scale is found; only if `spec.left`, `spec.right`.
     """
 
     multiplier: Tensor | None
     index: Tensor | None
     shift: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.spec = spec
         static = spec.kind == "static"
-        length = spec.width if spec.per_channel else 1
-        self.register_buffer("multiplier", torch.ones(length, dtype=torch.float32) if static else None)
-        self.register_buffer("index", torch.zeros(spec.width, dtype=torch.int32) if spec.gathers else None)
-        self.register_buffer("shift", torch.zeros(spec.width, dtype=torch.float32) if spec.shifts else None)
+        channels = spec.width if static else spec.in_width
+        length = channels if spec.per_channel else 1
+        held = static or spec.per_channel
+        self.register_buffer("multiplier", torch.ones(length, dtype=torch.float32) if held else None)
+        read = spec.width + sum(spec.merges)
+        self.register_buffer("index", torch.zeros(read, dtype=torch.int32) if spec.gathers else None)
+        self.register_buffer("shift", torch.zeros(channels, dtype=torch.float32) if spec.shifts else None)
+        for name, order in (("left", spec.left), ("right", spec.right)):
+            self.register_buffer(name, torch.eye(order, dtype=torch.float32) if order else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float (..., in_width) to int8 codes (..., width) and, for dynamic inputs, float32 token scales (..., 1)."""
         rotated, bits = bool(self.spec.rotation), self.spec.bits
-        if self.multiplier is None:
+        if self.spec.kind != "static":
+            x = self.scaled(x)
+        if self.left is not None:
+            flat, scale = ops.kronecker_dynamic_quant(x, self.left, self.right, self.spec.clip_ratio, bits)
+            return flat, scale
+        if self.multiplier is None or self.spec.kind != "static":
+            if self.index is not None:
+                x = ops.reassemble(x, self.index, self.spec.merges)
             dynamic = ops.hadamard_dynamic_quant if rotated else ops.dynamic_quant
             codes, scale = dynamic(x, self.spec.clip_ratio, bits)
             return codes, scale
         static = ops.hadamard_quant if rotated else ops.static_quant
         return static(x, self.multiplier, self.index, self.shift, bits), None
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """The input (..., in_width) of a layer without static steps, scaled and shifted per channel if the spec says
+        so; then it is float32."""
+        if self.multiplier is None:
+            return x
+        x = x.float() * self.multiplier
+        return x if self.shift is None else x + self.shift
+
     def extra_repr(self) -> str:
         spec = self.spec
         how = f"{spec.kind} int{spec.bits}" + (f", {spec.rotation}" if spec.rotation else "")
+        how += f", factors {spec.left} x {spec.right or spec.in_width // spec.left}" if spec.left else ""
         return f"{how}, {spec.in_width} -> {spec.width}"
 
 
@@ -68,7 +98,9 @@ class QuantLinear(QuantModule):
     Buffers:
         weight_codes: uint8 (outputs, width / 2) for up to 4 bits, else int8 (outputs, width). After `adopt` it is no
             buffer but a copy made on demand: to be read, writing into it changes nothing.
-        weight_scale: float32 (outputs,), or (outputs, groups) with groups. A static input step is already inside.
+        weight_scale: float32 (outputs,), or (outputs, groups) with groups. A static input step is already inside. With
+            two levels it is (outputs,).
+        group_scale, group_zero: uint8 and int8 (outputs, groups), only with two levels (`grids/two_level.py`).
         bias: float32 (outputs,), optional.
 
     A CPU multiplies prepared weights (`ops.prepare_weight`), a GPU tiled ones (`ops.tile_weight`) if the output has 16
@@ -76,6 +108,8 @@ class QuantLinear(QuantModule):
     """
 
     weight_scale: Tensor
+    group_scale: Tensor | None
+    group_zero: Tensor | None
     bias: Tensor | None
 
     def __init__(self, spec: LinearSpec) -> None:
@@ -86,12 +120,15 @@ class QuantLinear(QuantModule):
         _check_rotation(spec.input)
         width = packed_width(spec.input.width, spec.weight_bits)
         dtype = torch.uint8 if container_bits(spec.weight_bits) == 4 else torch.int8
-        groups = (spec.input.width // spec.group_size,) if spec.group_size else ()
+        groups = (spec.groups,) if spec.group_size and spec.levels == 1 else ()
         self.register_buffer(CODES, torch.zeros(spec.outputs, width, dtype=dtype))
         self.register_buffer("weight_scale", torch.ones((spec.outputs, *groups), dtype=torch.float32))
+        grouped, levels = (spec.outputs, spec.groups), spec.levels
+        self.register_buffer("group_scale", torch.ones(grouped, dtype=torch.uint8) if levels == 2 else None)
+        self.register_buffer("group_zero", torch.zeros(grouped, dtype=torch.int8) if levels == 2 else None)
         self.register_buffer("bias", torch.zeros(spec.outputs, dtype=torch.float32) if spec.bias else None)
         self.input_quantizer: InputQuantizer | None = None
-        if spec.input.kind in ("static", "dynamic"):
+        if spec.input.kind in ("static", "dynamic") or spec.input.per_channel:
             self.input_quantizer = InputQuantizer(spec.input)
 
     @property
@@ -112,7 +149,10 @@ class QuantLinear(QuantModule):
             return buffer
         if self._adopted is None:
             raise AttributeError(CODES)  # what nn.Module expects of a buffer that is about to be registered
-        return pack_codes(self._adopted.codes(), self.spec.weight_bits)
+        codes = self._adopted.codes()
+        if self.group_scale is not None and self.group_zero is not None:
+            codes = fine_codes(codes, self.group_scale, self.group_zero)
+        return pack_codes(codes, self.spec.weight_bits)
 
     @weight_codes.setter
     def weight_codes(self, value: Tensor) -> None:  # buffers are set by nn.Module and do not come here
@@ -132,6 +172,9 @@ class QuantLinear(QuantModule):
         if kernels or self._shared is not None:
             return self._tiled(codes, token_scale, out_dtype)
         packed = self.weight_codes
+        if self.group_scale is not None and self.group_zero is not None:
+            groups = self.group_scale, self.group_zero
+            return ops.two_level_linear(codes, packed, *groups, self.weight_scale, token_scale, self.bias, out_dtype)
         op = ops.int8_linear if packed.dtype == torch.int8 else ops.int4_linear
         return op(codes, packed, self.weight_scale, token_scale, self.bias, out_dtype)
 
@@ -142,7 +185,7 @@ class QuantLinear(QuantModule):
         makes it independent again.
 
         Args:
-            tiles: uint8, of `ops.tile_weight` with 4 or 8 bits as the codes are stored, on the layer's device.
+            tiles: uint8, of `ops.tile_weight` with `spec.gemm_bits`, on the layer's device.
             rows: places of this layer's rows among those of the tiles, integers (outputs,) or a slice.
 
         Raises:
@@ -153,15 +196,15 @@ class QuantLinear(QuantModule):
             raise KernelError("adopt: a weight-only layer multiplies floats; tiles are for integer inputs")
         if tiles.device != self.weight_scale.device:
             raise KernelError(f"adopt: tiles are on {tiles.device}, the layer on {self.weight_scale.device}")
-        shared = TiledRows.of(tiles, rows, spec.outputs, spec.input.width, container_bits(spec.weight_bits))
-        if not torch.equal(shared.codes(), self._codes()):
+        shared = TiledRows.of(tiles, rows, spec.outputs, spec.input.width, spec.gemm_bits)
+        if not torch.equal(shared.codes(), self.integer_weight()):
             raise KernelError("adopt: the tiles hold other codes at these rows; tile the codes of this very layer")
         self._buffers.pop(CODES, None)
         self._adopted, self._derived = shared, None
 
     def decoded_weight(self) -> Tensor:
         """Weight (outputs, width) in float32, as the integer GEMM sees it: codes times scales."""
-        return decode(self._codes().float(), self.weight_scale.reshape(self.spec.outputs, -1))
+        return decode(self.integer_weight().float(), self.weight_scale.reshape(self.spec.outputs, -1))
 
     def scale_rows(self, factor: Tensor, start: int, stop: int) -> None:
         """Multiply the outputs start..stop by a factor each: exact, since only the epilogue changes."""
@@ -172,6 +215,8 @@ class QuantLinear(QuantModule):
             self.bias[start:stop].mul_(factor)
 
     def _weight_only(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer.scaled(x).to(x.dtype)
         if self.spec.input.rotation:
             x = ops.hadamard_transform(x).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -180,7 +225,7 @@ class QuantLinear(QuantModule):
     def _tiled(self, codes: Tensor, token_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         if self._shared is not None:
             return self._shared.linear(codes, self.weight_scale, token_scale, self.bias, out_dtype)
-        bits = container_bits(self.spec.weight_bits)
+        bits = self.spec.gemm_bits
         tiles = self._made(lambda weight: ops.tile_weight(weight, bits))
         return ops.tiled_linear(codes, tiles, self.weight_scale, token_scale, self.bias, bits, out_dtype)
 
@@ -189,10 +234,19 @@ class QuantLinear(QuantModule):
         """Where the weights are, if they are no buffer; a buffer that somebody has put back counts more."""
         return self._adopted if self._buffers.get(CODES) is None else None
 
-    def _codes(self) -> Tensor:
-        """The weight, int8 (outputs, width)."""
+    def integer_weight(self) -> Tensor:
+        """The weight as the integer GEMM multiplies it, int8 (outputs, width): the codes, or the middle of two levels.
+
+        Raises:
+            KernelError: two levels whose middle no int8 holds.
+        """
         shared = self._shared
-        return unpack_codes(self.weight_codes, self.spec.weight_bits) if shared is None else shared.codes()
+        if shared is not None:
+            return shared.codes()
+        codes = unpack_codes(self.weight_codes, self.spec.weight_bits)
+        if self.group_scale is None or self.group_zero is None:
+            return codes
+        return middle_codes(codes, self.group_scale, self.group_zero)
 
     def _made(self, make: Callable[[Tensor], Made]) -> Made:
         """What `make` makes of the weight, int8 (outputs, width): kept, and made anew when the weight has changed.
@@ -201,11 +255,12 @@ class QuantLinear(QuantModule):
         """
         shared = self._shared
         source = self.weight_codes if shared is None else shared.tiles
-        version = 0 if source.is_inference() else source._version  # inference tensors count no versions
+        parts = [part for part in (source, self.group_scale, self.group_zero) if part is not None]
+        version = sum(0 if part.is_inference() else part._version for part in parts)  # inference tensors count none
         known = self._derived
         # A version alone is not enough: `load_state_dict(assign=True)` brings a buffer that counts from 0 again.
         if known is None or known[0] is not source or known[1] != version:
-            known = self._derived = (source, version, make(self._codes()))
+            known = self._derived = (source, version, make(self.integer_weight()))
         return cast(Made, known[2])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -234,6 +289,7 @@ class QuantLinear(QuantModule):
     def extra_repr(self) -> str:
         spec = self.spec
         groups = f", groups of {spec.group_size}" if spec.group_size else ""
+        groups += ", two levels" if spec.levels == 2 else ""
         return f"{spec.input.width} -> {spec.outputs}, int{spec.weight_bits}{groups}, input {spec.input.kind}"
 
 

@@ -10,12 +10,15 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from mergequant.errors import CheckpointError
 from mergequant.grids.integer import SUPPORTED_BITS
+from mergequant.grids.packing import container_bits
+from mergequant.grids.two_level import TWO_LEVEL_BITS
 
-__all__ = ["InputSpec", "KVSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_from_dict"]
+__all__ = ["FLOAT_BITS", "InputSpec", "KVSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_from_dict"]
 
 InputKind = Literal["codes", "static", "dynamic", "float"]
 NormKind = Literal["rms", "layer"]
 
+FLOAT_BITS = 16  # of a norm that gives floats
 LARGEST_WHOLE = 1 << 53  # whole numbers up to here are exact in a float
 
 
@@ -72,10 +75,15 @@ class InputSpec(Spec):
         width: columns of the weight; differs from `in_width` when channels are split, padded or dropped.
         bits: width of the clamp (unused for "float").
         rotation: name of the online rotation of the `in_width` channels, "" for none.
-        per_channel: a static multiplier per code; else one for the tensor.
+        per_channel: a static multiplier per code, else one for the tensor. An input that is not static has a multiplier
+            per arriving channel, or none: what its weight columns were divided by, and nothing in front could take up.
         gathers: an index says which channel each code reads.
-        shifts: an offset is added before rounding.
+        merges: channels that dynamic inputs add to others before they are quantized: number of codes that take one more
+            in each round (`ops.reassemble`); the index is as much longer.
+        shifts: an offset is added behind the multiplier, before anything is rounded.
         clip_ratio: fraction of a token's largest magnitude that a dynamic grid covers.
+        left, right: orders of the stored factors of a Kronecker product that a dynamic input is multiplied by first;
+            0 = none. A left factor alone stands for left (x) identity.
     """
 
     kind: InputKind
@@ -87,6 +95,13 @@ class InputSpec(Spec):
     gathers: bool = False
     shifts: bool = False
     clip_ratio: float = 1.0
+    left: int = 0
+    right: int = 0
+    merges: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        return {**out, "merges": list(self.merges)} if self.merges else out
 
     def validate(self, where: str) -> None:
         if self.in_width < 1 or self.width < 1 or self.bits not in SUPPORTED_BITS:
@@ -95,17 +110,38 @@ class InputSpec(Spec):
             raise CheckpointError(f"{where}: clip_ratio {self.clip_ratio} is outside (0, 1]")
         if self.width != self.in_width and not (self.gathers or self.kind == "codes"):
             raise CheckpointError(f"{where}: width {self.width} differs from {self.in_width} without a gather index")
-        if self.kind != "static" and (self.per_channel or self.gathers or self.shifts):
-            raise CheckpointError(f"{where}: per_channel, gathers and shifts belong to static inputs, not {self.kind}")
+        if self.kind == "codes" and (self.per_channel or self.shifts):
+            raise CheckpointError(f"{where}: per_channel and shifts belong to inputs that arrive as floats, not codes")
+        if self.kind != "static" and self.shifts and not self.per_channel:
+            raise CheckpointError(f"{where}: shifts of {self.kind} inputs need per_channel")
+        if self.gathers and self.kind not in ("static", "dynamic"):
+            raise CheckpointError(f"{where}: gathers belongs to static or dynamic inputs, not {self.kind}")
+        if self.gathers and self.kind == "dynamic" and (self.rotation or self.left):
+            raise CheckpointError(f"{where}: a dynamic input either gathers or is transformed")
+        if self.merges and not (self.gathers and self.kind == "dynamic"):
+            raise CheckpointError(f"{where}: merges belongs to dynamic inputs that gather")
+        if any(not 0 < count <= most for count, most in zip(self.merges, (self.width, *self.merges))):
+            raise CheckpointError(f"{where}: merges {list(self.merges)} must be positive and not increase")
         if self.kind == "codes" and self.rotation:
             raise CheckpointError(f"{where}: codes cannot be rotated; only float inputs can")
+        if self.left or self.right:
+            self._validate_factors(where)
+
+    def _validate_factors(self, where: str) -> None:
+        if self.kind != "dynamic" or self.rotation:
+            raise CheckpointError(f"{where}: left and right belong to dynamic inputs without a rotation")
+        whole = self.left * self.right if self.right else self.left
+        fits = self.in_width == whole if self.right else whole > 0 and self.in_width % whole == 0
+        if self.left < 1 or self.right < 0 or not fits:
+            raise CheckpointError(f"{where}: factors of order {self.left} and {self.right} make no {self.in_width}")
 
 
 @dataclass(frozen=True)
 class LinearSpec(Spec):
     """A quantized linear layer: `outputs` rows of `input.width` codes of `weight_bits` bits.
 
-    `group_size` columns share a weight scale; 0 = one scale per row. Only float inputs may use groups.
+    `group_size` columns share a weight scale; 0 = one scale per row. Only float inputs may use groups, unless weights
+    have two `levels`: then rows have a scale, and groups (0 = one for the row) an integer step and an integer zero.
     """
 
     outputs: int
@@ -113,13 +149,26 @@ class LinearSpec(Spec):
     weight_bits: int = 4
     group_size: int = 0
     bias: bool = False
+    levels: int = 1
+
+    @property
+    def gemm_bits(self) -> int:
+        """Bits of a weight as the integer GEMM takes it: 4 or 8."""
+        return 8 if self.levels == 2 else container_bits(self.weight_bits)
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return self.input.width // (self.group_size or self.input.width)
 
     def validate(self, where: str) -> None:
         if self.outputs < 1 or self.weight_bits not in SUPPORTED_BITS:
             raise CheckpointError(f"{where}: outputs must be positive and weight_bits one of {SUPPORTED_BITS}")
         if self.group_size and (self.group_size < 0 or self.input.width % self.group_size):
             raise CheckpointError(f"{where}: group_size {self.group_size} does not divide {self.input.width} columns")
-        if self.group_size and self.input.kind != "float":
+        if self.levels not in (1, 2) or (self.levels == 2 and self.weight_bits != TWO_LEVEL_BITS):
+            raise CheckpointError(f"{where}: levels must be 1, or 2 with weights of {TWO_LEVEL_BITS} bits")
+        if self.group_size and self.input.kind != "float" and self.levels == 1:
             raise CheckpointError(f"{where}: groups along the reduction axis need float inputs, not {self.input.kind}")
         if self.weight_bits <= 4 and self.input.width % 2:
             raise CheckpointError(f"{where}: {self.input.width} columns of {self.weight_bits} bits do not fill bytes")
@@ -127,7 +176,10 @@ class LinearSpec(Spec):
 
 @dataclass(frozen=True)
 class NormSpec(Spec):
-    """A norm over `channels` that emits `width` codes of `bits` bits."""
+    """A norm over `channels` that emits `width` codes of `bits` bits.
+
+    With 16 bits it gives floats: a norm that has a bias (`shifts`) where the architecture's own has none.
+    """
 
     norm: NormKind
     channels: int
@@ -138,10 +190,11 @@ class NormSpec(Spec):
     shifts: bool = False
 
     def validate(self, where: str) -> None:
-        if self.channels < 1 or self.width < 1 or self.bits not in SUPPORTED_BITS or not 0 <= self.eps < math.inf:
-            raise CheckpointError(
-                f"{where}: widths must be positive, bits one of {SUPPORTED_BITS}, eps finite and >= 0"
-            )
+        known = (*SUPPORTED_BITS, FLOAT_BITS)
+        if self.channels < 1 or self.width < 1 or self.bits not in known or not 0 <= self.eps < math.inf:
+            raise CheckpointError(f"{where}: widths must be positive, bits one of {known}, eps finite and >= 0")
+        if self.bits == FLOAT_BITS and self.gathers:
+            raise CheckpointError(f"{where}: a norm that gives floats gathers no channels")
         if self.width != self.channels and not self.gathers:
             raise CheckpointError(f"{where}: width {self.width} differs from {self.channels} without a gather index")
 

@@ -9,14 +9,17 @@ from mergequant.ops.hadamard_quant import hadamard_dynamic_quant, hadamard_quant
 from mergequant.ops.int4x4_linear import int4x4_linear
 from mergequant.ops.int_linear import int4_linear, int8_linear
 from mergequant.ops.int_matmul import backend, int_matmul
+from mergequant.ops.kronecker import kronecker_dynamic_quant, kronecker_transform
 from mergequant.ops.kv_append import kv_append
 from mergequant.ops.kv_attention import kv_attention, kv_read
 from mergequant.ops.norm_quant import layernorm_quant, rmsnorm_quant
 from mergequant.ops.overlap import overlapping
+from mergequant.ops.reassemble import reassemble
 from mergequant.ops.silu_mul import silu_mul, silu_mul_dynamic_quant, silu_mul_quant
 from mergequant.ops.static_quant import quantize_scaled, static_quant
 from mergequant.ops.tiled_linear import tiled_linear, tiled_swiglu_quant
 from mergequant.ops.tiles import interleave_rows, tile_weight, untile_weight
+from mergequant.ops.two_level_linear import two_level_linear
 
 __all__ = [
     "ARCHITECTURES",
@@ -37,6 +40,8 @@ __all__ = [
     "int8_linear",
     "int_matmul",
     "interleave_rows",
+    "kronecker_dynamic_quant",
+    "kronecker_transform",
     "kv_append",
     "kv_attention",
     "kv_read",
@@ -45,6 +50,7 @@ __all__ = [
     "prepare_weight",
     "prepared_linear",
     "quantize_scaled",
+    "reassemble",
     "rmsnorm_quant",
     "rotation",
     "silu_mul",
@@ -54,5 +60,6 @@ __all__ = [
     "tile_weight",
     "tiled_linear",
     "tiled_swiglu_quant",
+    "two_level_linear",
     "untile_weight",
 ]

@@ -62,14 +62,15 @@ def _(
 
 
 @torch.library.custom_op("mergequant::add_rmsnorm", mutates_args=("residual",))
-def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual <- residual + x, and residual / rms(residual) * weight, in float32 and rounded once at the end.
+def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+    """residual <- residual + x, and residual / rms(residual) * weight + bias, in float32, rounded once at the end.
 
     Args:
         x: (..., channels) float, or None: nothing is added, the residual stays as it is.
         residual: (..., channels) float, contiguous; updated in place.
         weight: (channels,) float, the norm's gain.
         eps: added to the mean square.
+        bias: optional float32 (channels,).
 
     Returns:
         (..., channels) of the residual's dtype.
@@ -84,15 +85,22 @@ def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) 
     require(
         weight.device == residual.device, f"add_rmsnorm: weight is on {weight.device}, residual on {residual.device}"
     )
+    if bias is not None:
+        require(
+            bias.shape == (channels,) and bias.dtype == torch.float32 and bias.device == residual.device,
+            f"add_rmsnorm: bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; pass float32 ({channels},) on "
+            f"{residual.device}",
+        )
     kernels = kernels_for("add_rmsnorm", "norm_quant", residual, x, weight)
     if kernels is not None:
-        result: Tensor = kernels.add_rmsnorm(x, residual, weight, eps)
+        result: Tensor = kernels.add_rmsnorm(x, residual, weight, eps, bias)
         return result
     if x is not None:
         residual.add_(x)
-    return (rmsnorm(residual, eps) * weight.float()).to(residual.dtype)
+    normed = rmsnorm(residual, eps) * weight.float()
+    return (normed if bias is None else normed + bias).to(residual.dtype)
 
 
 @add_rmsnorm.register_fake
-def _(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     return torch.empty_like(residual)

@@ -53,8 +53,11 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ELEMENTWISE_OPS, ("triton", "cuda", "torch")),
     **dict.fromkeys(TRITON_OPS, ("triton", "torch")),
     "hadamard_transform": ("torch",),
+    "kronecker_transform": ("torch",),
+    "kronecker_dynamic_quant": ("torch",),
     "int4_linear": ("torch",),
     "int8_linear": ("torch",),
+    "two_level_linear": ("torch",),
 }
 # Architectures that the CUDA sources of an op are written for. int4x4_linear also runs on sm_90, where its instruction
 # is emulated: only a test asks for that. The elementwise sources want sm_80 and nothing newer; theirs are the

@@ -16,7 +16,7 @@ WHAT = {
     "triton": "the project's Triton kernel",
     "torch": "plain torch, the reference",
 }
-INTEGER_OPS = ("int4_linear", "int8_linear")
+INTEGER_OPS = ("int4_linear", "int8_linear", "two_level_linear")
 
 
 @dataclass(frozen=True)

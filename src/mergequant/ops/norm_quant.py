@@ -11,13 +11,19 @@ from mergequant.ops._elementwise import codes_like, kernels_for
 from mergequant.ops._validate import require_quant_arguments
 from mergequant.ops.static_quant import quantize_scaled
 
-__all__ = ["layernorm_quant", "rmsnorm", "rmsnorm_quant"]
+__all__ = ["layernorm", "layernorm_quant", "rmsnorm", "rmsnorm_quant"]
 
 
 def rmsnorm(x: Tensor, eps: float) -> Tensor:
     """Reference of the norm without its gain: x / rms(x), float32."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+def layernorm(x: Tensor, eps: float) -> Tensor:
+    """Reference of LayerNorm without gain and bias, float32."""
+    wide = x.float()
+    return rmsnorm(wide - wide.mean(-1, keepdim=True), eps)
 
 
 @torch.library.custom_op("mergequant::rmsnorm_quant", mutates_args=())
@@ -74,9 +80,7 @@ def layernorm_quant(
     if kernels is not None:
         result: Tensor = kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=True)
         return result
-    wide = x.float()
-    centred = wide - wide.mean(-1, keepdim=True)
-    return quantize_scaled(rmsnorm(centred, eps), multiplier, index, shift, bits, packed)
+    return quantize_scaled(layernorm(x, eps), multiplier, index, shift, bits, packed)
 
 
 @rmsnorm_quant.register_fake

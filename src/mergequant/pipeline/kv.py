@@ -29,8 +29,10 @@ def measure_kv(context: BlockContext) -> KVRecord | None:
     are reported.
 
     Returns:
-        None for a block that keeps no keys and values.
+        None for a block that keeps no keys and values; one that lets tokens see later ones can keep none.
     """
+    if not context.structure.causal:
+        return None
     seen = record_kv(context.chain, "calibration", CALIBRATION_TOKENS)
     if seen is None:
         return None

@@ -9,7 +9,18 @@ from mergequant.calibration.chain import TOKENS_PER_CHUNK
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.pipeline.blocks import outside_tensors
 from mergequant.recipes import Recipe
-from mergequant.steps import Ranges, Rotate, Round, SiteStep, TensorInput, TokenInput
+from mergequant.steps import (
+    Flatten,
+    MixHeads,
+    Ranges,
+    Reassemble,
+    Rotate,
+    Round,
+    SiteStep,
+    Step,
+    TensorInput,
+    TokenInput,
+)
 
 __all__ = ["Plan", "SitePlan", "make_plan"]
 
@@ -82,6 +93,7 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     work = 0.0
     tokens = windows * seqlen
     rounding = [step for step in recipe.steps if isinstance(step, Round)]
+    whole = [step for step in recipe.steps if isinstance(step, Flatten)]
     for index, structure in enumerate(structures):
         block = shell.block_names[index]
         shapes = shell.block_parameters(index)
@@ -90,7 +102,7 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
             acting = [step for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site)]
             linears = {name: shapes[f"{name}.weight"] for name in site.consumers}
             names = tuple(step.name for step in acting)
-            scheme = _weight_scheme(acting, site.width), _input_scheme(acting)
+            scheme = _weight_scheme(acting, site.width), _input_scheme([*whole, *acting])
             sites.append(SitePlan(block, site.name, site.kind, linears, names, *scheme, site.producer is not None))
             if not any(step.applies_to(site) for step in rounding):
                 kept |= {f"{block}.{name}": "no rounding step acts on its site" for name in linears}
@@ -128,20 +140,26 @@ def _weight_scheme(acting: Sequence[SiteStep], width: int) -> str:
     if last is None:
         return "float"
     group = last.group_of(width)
-    return f"int{last.bits} {f'groups of {group}' if group else 'per row'}, {last.method}"
+    level = " in int8 per row" if last.levels == 2 else ""
+    return f"int{last.bits} {f'groups of {group}' if group else 'per row'}{level}, {last.method}"
 
 
-def _input_scheme(acting: Sequence[SiteStep]) -> str:
+def _input_scheme(acting: Sequence[Step]) -> str:
     if not any(isinstance(step, Round) for step in acting):
         return "float"
     words = ["Hadamard"] if any(isinstance(step, Rotate) for step in acting) else []
+    words += ["Hadamard across heads"] if any(isinstance(step, MixHeads) for step in acting) else []
     for step in acting:
         if isinstance(step, Ranges):
             words.append(f"int{step.bits} static per channel")
         elif isinstance(step, TensorInput):
             words.append(f"int{step.bits} static per tensor")
+        elif isinstance(step, Flatten):
+            words.append(f"learned transform, int{step.activation_bits} dynamic per token")
         elif isinstance(step, TokenInput):
             words.append(f"int{step.bits} dynamic per token")
+        elif isinstance(step, Reassemble):
+            words.append(f"int{step.bits} dynamic per token, channels reassembled")
     return ", ".join(words) or "float"
 
 

@@ -1,24 +1,44 @@
 """Choosing the prefix: the tokens whose activations are massive wherever they stand.
 
-PrefixQuant, arXiv 2410.05265 (as digested): a token is an outlier if its largest magnitude at the input of down_proj is
-more than 64 times the median over tokens. Position 0 is represented by BOS; ids found at later positions follow it.
+PrefixQuant, arXiv 2410.05265 (as digested): a token is an outlier in a block if its largest magnitude at the input of
+down_proj is more than 64 times the median over tokens, or if that of its key is less than an eighth of the median. As
+many tokens are prefixed as a window holds outliers in the block that has the most: the one at position 0, for which BOS
+stands, then the ids that are found most often at later positions.
+
+Not searched: low queries, which no module of a block hands out by itself; they belong to the same tokens.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mergequant.calibration import BlockContext, Chain, StorePolicy, chunked
+from mergequant.calibration.kv import record_kv
 from mergequant.errors import RecipeError
 from mergequant.models import BlockStructure, ModelShell
 from mergequant.recipes.recipe import PrefixChoice
 
-__all__ = ["choose_prefix"]
+__all__ = ["OutlierTokens", "choose_prefix", "find_outlier_tokens"]
 
 OUTLIER_RATIO = 64.0
+LOW_KEY_RATIO = 1 / 8
 SEARCH_WINDOWS = 4
 MOST_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class OutlierTokens:
+    """Tokens with massive activations in some block.
+
+    Attributes:
+        first: the id that is an outlier at position 0 most often; None if nothing is one there.
+        later: ids at later positions, the most frequent first, as many as a window holds on average.
+    """
+
+    first: int | None
+    later: tuple[int, ...]
 
 
 def choose_prefix(
@@ -39,7 +59,8 @@ def choose_prefix(
         policy: where activations of the search may lie.
 
     Raises:
-        RecipeError: "bos" for a model without BOS, or ids outside the vocabulary.
+        RecipeError: "bos" for a model without BOS, "auto" where nothing is found and there is no BOS, or ids outside
+            the vocabulary.
     """
     if choice == "none":
         return None
@@ -52,7 +73,8 @@ def choose_prefix(
         return [bos], True
     if choice == "auto":
         found = find_outlier_tokens(shell, structures, windows[:SEARCH_WINDOWS], policy)
-        tokens = ([bos] if bos is not None else []) + [token for token in found if token != bos]
+        first = bos if bos is not None else found.first
+        tokens = ([first] if first is not None else []) + [token for token in found.later if token != first]
         if not tokens:
             raise RecipeError("prefix=auto found no outlier token, and there is no BOS; use other=dynamic")
         return tokens[:MOST_TOKENS], bos is not None
@@ -65,26 +87,38 @@ def choose_prefix(
 
 def find_outlier_tokens(
     shell: ModelShell, structures: list[BlockStructure], windows: Tensor, policy: StorePolicy
-) -> list[int]:
-    """Ids of outlier tokens after position 0, the most frequent first, as many as a window holds on average."""
+) -> OutlierTokens:
+    """Outlier tokens of the float model on windows (N, T)."""
     chain = Chain(shell, list(chunked(windows, "calibration")), policy, None)
-    counts: Counter[int] = Counter()
+    first: Counter[int] = Counter()
+    later: Counter[int] = Counter()
+    most = 0  # outliers after position 0, in the block that has the most
     for index, structure in enumerate(structures):
         shell.load_block(index)
-        context = BlockContext(chain, structure, torch.Generator())
-        for site in structure.sites:
-            if site.kind != "mlp_output":
-                continue
-            store = context.capture(site)
-            for number, inputs in enumerate(store):
-                tokens = chain.chunks[number].tokens
-                largest = inputs.abs().amax(-1).reshape(tokens.shape).cpu()
-                outlier = largest > OUTLIER_RATIO * largest.median()
-                outlier[:, 0] = False
-                counts.update(tokens[outlier].tolist())
-            store.close()
+        outlier = _outliers(BlockContext(chain, structure, torch.Generator())).reshape(windows.shape)
+        first.update(windows[:, 0][outlier[:, 0]].tolist())
+        later.update(windows[:, 1:][outlier[:, 1:]].tolist())
+        most = max(most, int(outlier[:, 1:].sum()))
         chain.advance()
         shell.release_block(index)
     chain.close()
-    per_window = -(-sum(counts.values()) // max(len(windows) * len(structures), 1))
-    return [token for token, _ in counts.most_common(per_window)]
+    per_window = -(-most // max(len(windows), 1))
+    ids = tuple(token for token, _ in later.most_common(per_window))
+    return OutlierTokens(first.most_common(1)[0][0] if first else None, ids)
+
+
+def _outliers(context: BlockContext) -> Tensor:
+    """Which tokens of all calibration chunks are outliers in this block: bool (tokens,), on the CPU."""
+    chain = context.chain
+    found = torch.zeros(sum(chunk.tokens.numel() for chunk in chain.chunks), dtype=torch.bool)
+    for site in context.structure.sites:
+        if site.kind == "mlp_output":
+            store = context.capture(site)
+            largest = torch.cat([inputs.abs().amax(-1).cpu() for inputs in store])
+            store.close()
+            found |= largest > OUTLIER_RATIO * largest.median()
+    cached = record_kv(chain, "calibration", found.numel())
+    if cached is not None:
+        largest = cached[0].abs().amax((1, 2)).cpu()
+        found |= largest < LOW_KEY_RATIO * largest.median()
+    return found

@@ -41,7 +41,7 @@ from mergequant.checkpoint import (
 from mergequant.checkpoint.files import disk_errors
 from mergequant.data import DataLike, DataSpec, Windows, as_data_spec, check_seqlen, draw_splits, sketch, sketch_to_json
 from mergequant.errors import StructureError, UsageError
-from mergequant.models import BlockStructure, ModelShell
+from mergequant.models import ModelShell
 from mergequant.nn import PrefixSpec
 from mergequant.pipeline.blocks import (
     block_layers,
@@ -59,7 +59,7 @@ from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
 from mergequant.pipeline.verify import verify_checkpoint
 from mergequant.recipes import Recipe, load_recipe
-from mergequant.steps import ModelStep
+from mergequant.steps import LearningStep, ModelStep
 
 __all__ = ["Quantized", "Reporter", "Silent", "code_digest", "plan", "quantize"]
 
@@ -75,6 +75,9 @@ class Reporter(Protocol):
     def phase(self, text: str) -> None:
         """A new phase begins."""
 
+    def progress(self, text: str) -> None:
+        """How far a step is that takes long: within a block, so it may be shown and forgotten."""
+
     def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
         """A block is done."""
 
@@ -83,6 +86,9 @@ class Silent:
     """A reporter that shows nothing."""
 
     def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, text: str) -> None:
         """Nothing."""
 
     def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
@@ -145,6 +151,7 @@ def plan(
     """What `quantize` would do, without reading the blocks' weights or any data. Errors as `quantize`."""
     chosen = _recipe(recipe, settings)
     shell = ModelShell.open(model)
+    _check_model(chosen, shell)
     transform_model(shell, chosen, seed=0)
     seqlen = _seqlen(seqlen, shell)
     return make_plan(shell, shell.structures, chosen, samples + _held_out(samples) + VERIFY_WINDOWS, seqlen)
@@ -195,12 +202,16 @@ def quantize(
     reporter.phase("opening the model")
     shell = ModelShell.open(model, device=device)
     structures = shell.structures
-    _check_sites(chosen, structures, shell)
+    _check_model(chosen, shell)
     transform_model(shell, chosen, seed)
     seqlen = _seqlen(seqlen, shell)
     if samples < 1:
         raise UsageError(f"--samples {samples}: calibration needs at least one window")
     spec = as_data_spec(data)
+    if spec.needs_model and not shell.generates:
+        raise UsageError(
+            f"data {spec}: {type(shell.model).__name__} writes no text to be sampled; give some: --data FILE.txt"
+        )
     words = tokenizer if tokenizer is not None else find_tokenizer(shell, spec)
     reporter.phase("drawing calibration data")
     windows, held_out = _draw(spec, model, shell, words, samples, seqlen, seed, bos)
@@ -259,6 +270,7 @@ class _Job:
 def _make(job: _Job, writer: CheckpointWriter) -> None:
     """Blocks, tail, config; the result is verified before it appears."""
     shell = job.shell
+    _learn(job, writer)
     kept_apart = Chunk(job.held_out.tokens[:VERIFY_WINDOWS], "verify")
     chunks = [*chunked(job.windows.tokens, "calibration"), *chunked(job.held_out.tokens, "held_out"), kept_apart]
     chain = Chain(shell, chunks, job.policy, job.prefix)
@@ -266,7 +278,7 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     collected = _run_blocks(job, writer, chain, companion)
     collected["held_out"] = companion.compare(chain)
     companion.close()
-    expected = chain.logits(len(chunks) - 1)
+    expected = chain.outputs(len(chunks) - 1)
     tail = {name: stored_as(tensor, shell.stored_dtype) for name, tensor in outside_tensors(shell).items()}
     quantization = _describe(job, collected)
     kv, steps = stack_kv(collected["kv"])
@@ -281,7 +293,8 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     config["dtype"] = str(shell.stored_dtype).removeprefix("torch.")
     files = tokenizer_files(job.tokenizer, shell, job.prefix)
     results = {"held-out windows of the calibration data": collected["held_out"]}
-    card = model_card(writer.out.name, Quantization.from_dict(quantization), base=_base_name(shell), results=results)
+    described = Quantization.from_dict(quantization)
+    card = model_card(writer.out.name, described, base=_base_name(shell), results=results, generates=shell.generates)
 
     def verify(folder: Path) -> None:
         job.reporter.phase("verifying")
@@ -315,7 +328,7 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
             restore_block(shell, index, record["layers"], writer.block_tensors(index))
         else:
             generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
-            context = BlockContext(chain, shell.structures[index], generator)
+            context = BlockContext(chain, shell.structures[index], generator, progress=job.reporter.progress)
             quantize_block(context, job.recipe, job.clock)
             specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
             with job.clock.measure("steps of a quantized cache"):
@@ -336,6 +349,26 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
         shell.release_block(index)
         job.reporter.block(index + 1, len(shell.block_names), name, _mean_figures(record["figures"]))
     return {"layers": layers, "sites": figures, "prefix": prefix_states, "kv": kv}
+
+
+def _learn(job: _Job, writer: CheckpointWriter) -> None:
+    """Refine the model's transforms by what calibration windows teach, or taught before the run was interrupted."""
+    learning = {str(number): step for number, step in enumerate(job.recipe.steps) if isinstance(step, LearningStep)}
+    if not learning:
+        return
+    known = writer.learned()
+    found: dict[str, Tensor] = {}
+    for number, step in learning.items():
+        if known is None:
+            job.reporter.phase(f"learning ({step.name})")
+            with job.clock.measure(step.name):
+                own = step.learn(job.shell, job.windows.tokens, job.seed, job.reporter.progress)
+            found |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+        else:
+            own = {name.partition(".")[2]: value for name, value in known.items() if name.startswith(f"{number}.")}
+        job.shell.apply(step.refine(job.shell, own))
+    if known is None:
+        writer.write_learned(found)
 
 
 def transform_model(shell: ModelShell, recipe: Recipe, seed: int) -> None:
@@ -360,15 +393,22 @@ def _held_out(samples: int) -> int:
     return max(math.ceil(samples / HELD_OUT_SHARE), VERIFY_WINDOWS)
 
 
-def _check_sites(recipe: Recipe, structures: list[BlockStructure], shell: ModelShell) -> None:
-    """Refuse, before anything is computed, a recipe that acts on no site of some block."""
-    for name, structure in zip(shell.block_names, structures):
+def _check_model(recipe: Recipe, shell: ModelShell) -> None:
+    """Refuse, before anything is computed, a recipe that acts on no site of some block, or that wants a cache where
+    none can be."""
+    for name, structure in zip(shell.block_names, shell.structures):
         kinds = {site.kind for site in structure.sites}
         wanted = {kind for step in recipe.steps for kind in getattr(step, "sites", ())}
         if wanted and not kinds & wanted:
             raise StructureError(
                 f"{name}: recipe {recipe.name!r} acts on sites of kind {', '.join(sorted(wanted))}; this block has "
                 f"{', '.join(sorted(kinds)) or 'none'}. Choose a recipe for these (`mergequant recipes`)"
+            )
+        if recipe.prefix != "none" and not structure.causal:
+            raise StructureError(
+                f"{name}: every token sees the whole text, so nothing can be cached, and a prefix (recipe "
+                f"{recipe.name!r} with prefix={recipe.prefix}) has no keys and values to be. Choose a recipe without a "
+                "prefix: mergequant, smoothquant or gptq"
             )
 
 

@@ -64,7 +64,7 @@ def tokenizer_files(
             weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
             if path.is_file() and path.name not in NOT_COPIED and not weights and not path.name.endswith(".index.json"):
                 files[path.name] = path
-    generation = shell.model.generation_config
+    generation = shell.model.generation_config if shell.model.can_generate() else None
     if generation is not None and "generation_config.json" not in files:
         files["generation_config.json"] = generation.to_json_string()
     needs_bos = prefix is not None and prefix[1]

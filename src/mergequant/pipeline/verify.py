@@ -12,20 +12,22 @@ from mergequant.pipeline.blocks import outside_tensors, restore_block
 
 __all__ = ["verify_checkpoint"]
 
-GPU_TOLERANCE = 1e-2  # of the largest logit: libraries may sum in another order from call to call
+GPU_TOLERANCE = 1e-2  # of the largest value: libraries may sum in another order from call to call
 
 
-def verify_checkpoint(checkpoint: Checkpoint, chain: Chain, expected: Tensor, kv: Mapping[str, Tensor]) -> float:
+def verify_checkpoint(
+    checkpoint: Checkpoint, chain: Chain, expected: Mapping[str, Tensor], kv: Mapping[str, Tensor]
+) -> float:
     """Run the verify chunk through the blocks as the checkpoint holds them, one in memory at a time.
 
     Args:
         checkpoint: the finished folder, validated.
         chain: a fresh chain that holds only the verify chunk, with the prefix's tokens if there is one.
-        expected: logits of that chunk from the run that made the checkpoint.
-        kv: steps of a quantized cache by name, empty without them; no logits above depend on them.
+        expected: outputs for that chunk, by name, from the run that made the checkpoint.
+        kv: steps of a quantized cache by name, empty without them; no outputs above depend on them.
 
     Returns:
-        Largest difference of a logit: 0.0 on a CPU; on a GPU rounding of the float parts is allowed for.
+        Largest difference of an output: 0.0 on a CPU; on a GPU rounding of the float parts is allowed for.
 
     Raises:
         VerifyError: a layer is not accounted for, a tensor outside the blocks differs, or the logits do.
@@ -54,14 +56,17 @@ def verify_checkpoint(checkpoint: Checkpoint, chain: Chain, expected: Tensor, kv
     extra = {name for name in names if f"{PREFIX_MODULE}." not in name}
     if extra:
         raise VerifyError(f"{checkpoint.folder} holds tensors that belong to no layer: {sorted(extra)[:3]}")
-    difference = float((chain.logits(0) - expected).abs().max())
-    allowed = 0.0 if shell.device.type == "cpu" else GPU_TOLERANCE * float(expected.abs().max())
-    if not difference <= allowed:
-        raise VerifyError(
-            f"logits of the reloaded checkpoint differ from those in memory by up to {difference:.3g}; "
-            "do not use it, and report this with the recipe and the model's config"
-        )
-    return difference
+    worst = 0.0
+    for name, found in chain.outputs(0).items():
+        difference = float((found - expected[name]).abs().max())
+        allowed = 0.0 if shell.device.type == "cpu" else GPU_TOLERANCE * float(expected[name].abs().max())
+        if not difference <= allowed:
+            raise VerifyError(
+                f"{name.replace('_', ' ')} of the reloaded checkpoint differ from those in memory by up to "
+                f"{difference:.3g}; do not use it, and report this with the recipe and the model's config"
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 def _stored_prefix(checkpoint: Checkpoint, index: int, like: Tensor) -> tuple[Tensor, Tensor]:

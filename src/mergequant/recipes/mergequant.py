@@ -43,7 +43,7 @@ Compensation = Literal["least_squares", "low_rank", "none"]
 Rounding = Literal["gptq", "rtn"]
 Other = Literal["dynamic", "static", "hadamard", "hadamard-static"]
 
-NORM: tuple[SiteKind, ...] = ("norm",)
+NORM: tuple[SiteKind, ...] = ("norm", "stream")
 OTHER: tuple[SiteKind, ...] = ("attention_output", "mlp_output")
 # The extensions beyond the paper. With `other=static other_bits=8` no Hadamard and no dynamic op is left.
 PLUS: dict[str, Any] = {
@@ -92,6 +92,9 @@ def mergequant(
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """The paper's method, every ingredient a switch.
 
+    Where norms come last (BERT), the residual connection needs what a norm gives, so that steps cannot migrate into it:
+    they stay static, with one multiplication for every element.
+
     weight_bits, activation_bits: codes of weights and of norm outputs (4 or 8; 8 costs nothing extra on GPUs without
         int4 tensor cores).
     quantile: 1 = ranges are the largest magnitudes; below 1 = that quantile.
@@ -106,8 +109,9 @@ def mergequant(
     other: inputs of o_proj and down_proj: dynamic (a scale per token with a static clip ratio), static (steps migrate
         into v_proj and up_proj), hadamard (online rotation, dynamic), hadamard-static (online rotation, one static
         step). `other_bits` and `other_split` as at the norms.
-    prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
-        every cache. Static inputs at o_proj and down_proj need one: massive activations would stretch their step.
+    prefix (or prefix_tokens): none, bos, auto (outlier tokens are searched, as prefixquant does), or token ids: their
+        keys and values are stored and start every cache. Static inputs at o_proj and down_proj need one: massive
+        activations would stretch their step.
     allow_no_prefix: run without a prefix all the same, to measure what it brings.
     """
     if other in ("static", "hadamard-static") and prefix == "none" and not allow_no_prefix:

@@ -26,6 +26,7 @@ PrefixChoice = str | tuple[int, ...]
 """'none', 'bos', 'auto' (outlier tokens are searched), or explicit token ids."""
 
 PREFIX_WORDS = ("none", "bos", "auto")
+OTHER_NAMES = {"prefix_tokens": "prefix"}  # of a parameter: what papers call it
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def describe_recipe(name: str) -> str:
 
 
 def get_recipe(name: str, **parameters: Any) -> Recipe:
-    """A registered recipe, with some parameters changed.
+    """A registered recipe, with some parameters changed. `prefix_tokens` is another name of the parameter `prefix`.
 
     Raises:
         RecipeError: an unknown name or parameter (with the nearest known one), or a value of the wrong kind.
@@ -241,7 +242,8 @@ def get_recipe(name: str, **parameters: Any) -> Recipe:
     hints = get_type_hints(entry.builder)
     values: dict[str, Any] = {key: parameter.default for key, parameter in signature.parameters.items()}
     values |= entry.defaults
-    for key, value in parameters.items():
+    for name_given, value in parameters.items():
+        key = OTHER_NAMES.get(name_given, name_given)
         if key not in values:
             raise RecipeError(f"recipe {name!r} has no parameter {key!r}{near_name(key, values)}")
         values[key] = fitting(value, hints[key], f"recipe {name!r}, {key}")

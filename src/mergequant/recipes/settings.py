@@ -1,5 +1,6 @@
-"""Settings and lists of recipes as people write them: `split=0.1`, `gptq,mergequant:split=0.05,other=static,x.yaml`."""
+"""Settings and lists of recipes as people write them: `split=0.1`, `gptq,mergequant:split=0.05:other=static,x.yaml`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from mergequant.recipes.recipe import Recipe, load_recipe
 __all__ = ["parse_recipes", "parse_settings"]
 
 OPENING, CLOSING = "[{(", "]})"
+NEXT_SETTING = re.compile(r":(?=[A-Za-z_][\w.]*=)")  # any other colon belongs to a value
 
 
 def parse_settings(pairs: Sequence[str], where: str = "--set") -> dict[str, Any]:
@@ -35,8 +37,9 @@ def parse_settings(pairs: Sequence[str], where: str = "--set") -> dict[str, Any]
 def parse_recipes(text: str) -> dict[str, Recipe]:
     """Recipes by what was written for each, out of a list with commas between.
 
-    An item is a registered name or a YAML file, which settings may follow: `NAME:KEY=VALUE,KEY=VALUE`. A word with "="
-    behind such an item is one more setting of it; commas inside brackets separate nothing.
+    An item is a registered name or a YAML file, which settings may follow: `NAME:KEY=VALUE:KEY=VALUE`. A word with "="
+    behind such an item is one more setting of it, so `NAME:KEY=VALUE,KEY=VALUE` means the same, and is what the recipe
+    is called in tables; commas inside brackets separate nothing.
 
     Raises:
         RecipeError: an unknown name or parameter (with the nearest known one), a value that does not fit.
@@ -49,10 +52,10 @@ def parse_recipes(text: str) -> dict[str, Recipe]:
             if not items or not items[-1][1]:
                 known = items[-1][0] if items else "NAME"
                 raise UsageError(f"--recipes {text}: {word} follows no recipe; write {known}:{word}")
-            items[-1][1].append(word)
+            items[-1][1].extend(NEXT_SETTING.split(word))
             continue
-        name, _, setting = word.partition(":")
-        items.append((name, [setting] if setting else []))
+        name, _, settings = word.partition(":")
+        items.append((name, NEXT_SETTING.split(settings) if settings else []))
     if not items:
         raise UsageError("--recipes is empty; name some that `mergequant recipes` lists, as rtn,gptq,mergequant")
     found: dict[str, Recipe] = {}
@@ -61,8 +64,8 @@ def parse_recipes(text: str) -> dict[str, Recipe]:
         if label in found:
             raise UsageError(f"--recipes {text}: {label} is given twice; leave one out")
         recipe = load_recipe(name)
-        settings = parse_settings(pairs, f"--recipes {label}:")
-        found[label] = recipe.with_settings(settings) if settings else recipe
+        changes = parse_settings(pairs, f"--recipes {label}:")
+        found[label] = recipe.with_settings(changes) if changes else recipe
     return found
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mergequant import ops
-from mergequant.grids import container_bits, unpack_codes
 from mergequant.nn import QuantLinear, QuantNorm
 from mergequant.runtime.layer import GatedMLP
 from mergequant.runtime.parts import (
@@ -36,6 +35,8 @@ def build_norm(module: nn.Module, eps: float) -> Norm:
     if not isinstance(module, QuantNorm):
         return FloatNorm(cast(Tensor, module.weight), eps)
     spec = module.spec
+    if module.gives_floats:
+        return FloatNorm(module.multiplier, spec.eps, module.shift)
     return QuantizingNorm(module.multiplier, module.index, module.shift, spec.eps, spec.bits)
 
 
@@ -70,19 +71,20 @@ def build_quantizer(layer: QuantLinear) -> Quantizer | None:
     module, spec = layer.input_quantizer, layer.spec.input
     if module is None:
         return None
-    return Quantizer(spec.bits, module.multiplier, module.index, module.shift, bool(spec.rotation), spec.clip_ratio)
+    vectors = module.multiplier, module.index, module.shift
+    return Quantizer(spec.bits, *vectors, bool(spec.rotation), spec.clip_ratio, module.left, module.right, spec.merges)
 
 
 def _reads_alike(first: QuantLinear, other: nn.Module) -> bool:
     """Whether the codes of one layer's input are those of another's, and their tiles hold codes of one width."""
     if not isinstance(other, QuantLinear) or first.spec.input.kind == "float" or first.spec.input != other.spec.input:
         return False
-    if container_bits(first.spec.weight_bits) != container_bits(other.spec.weight_bits):
+    if first.spec.gemm_bits != other.spec.gemm_bits:
         return False
     mine, theirs = first.input_quantizer, other.input_quantizer
     if mine is None or theirs is None or mine is theirs:
         return mine is theirs
-    pairs = ((getattr(mine, name), getattr(theirs, name)) for name in ("multiplier", "index", "shift"))
+    pairs = ((getattr(mine, name), getattr(theirs, name)) for name in ("multiplier", "index", "shift", "left", "right"))
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
@@ -92,14 +94,10 @@ def _alone(module: nn.Module) -> Branch:
     return Branch(None, ModuleLinear(module))
 
 
-def _codes(layer: QuantLinear) -> Tensor:
-    return unpack_codes(layer.weight_codes, layer.spec.weight_bits)
-
-
 def _tiled(layers: Sequence[QuantLinear]) -> TiledLinear:
     """Layers row under row."""
-    bits = container_bits(layers[0].spec.weight_bits)
-    tiles = ops.tile_weight(torch.cat([_codes(layer) for layer in layers]), bits)
+    bits = layers[0].spec.gemm_bits
+    tiles = ops.tile_weight(torch.cat([layer.integer_weight() for layer in layers]), bits)
     scale, bias = torch.cat([layer.weight_scale for layer in layers]), _biases(layers)
     first = 0
     for layer in layers:
@@ -109,8 +107,8 @@ def _tiled(layers: Sequence[QuantLinear]) -> TiledLinear:
 
 
 def _fused_gate(gate: QuantLinear, up: QuantLinear, multiplier: Tensor, out_bits: int) -> FusedGate:
-    bits = container_bits(gate.spec.weight_bits)
-    tiles = ops.tile_weight(ops.interleave_rows(_codes(gate), _codes(up)), bits)
+    bits = gate.spec.gemm_bits
+    tiles = ops.tile_weight(ops.interleave_rows(gate.integer_weight(), up.integer_weight()), bits)
     scale = ops.interleave_rows(gate.weight_scale, up.weight_scale * multiplier)
     bias = _biases([gate, up])
     fused_bias = None if bias is None else ops.interleave_rows(bias[0], bias[1] * multiplier)

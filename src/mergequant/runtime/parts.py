@@ -42,14 +42,15 @@ class QuantizingNorm:
 
 @dataclass(frozen=True, eq=False)
 class FloatNorm:
-    """RMSNorm that was left in floating point."""
+    """RMSNorm that was left in floating point; with a bias where channels were shifted."""
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
 
     def __call__(self, x: Tensor | None, residual: Tensor) -> Tensor:
         """Add x (..., channels) to the residual in place, and norm the sum in the residual's dtype."""
-        return ops.add_rmsnorm(x, residual, self.weight, self.eps)
+        return ops.add_rmsnorm(x, residual, self.weight, self.eps, self.bias)
 
 
 Norm = QuantizingNorm | FloatNorm
@@ -65,6 +66,9 @@ class Quantizer:
     shift: Tensor | None = None
     rotates: bool = False
     clip_ratio: float = 1.0
+    left: Tensor | None = None
+    right: Tensor | None = None
+    merges: tuple[int, ...] = ()
 
     @property
     def scales_only(self) -> bool:
@@ -73,7 +77,12 @@ class Quantizer:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., in_width) float to int8 codes (..., width) and, if dynamic, float32 token scales (..., 1)."""
+        if self.left is not None:
+            flat, scale = ops.kronecker_dynamic_quant(x, self.left, self.right, self.clip_ratio, self.bits)
+            return flat, scale
         if self.multiplier is None:
+            if self.index is not None:
+                x = ops.reassemble(x, self.index, self.merges)
             dynamic = ops.hadamard_dynamic_quant if self.rotates else ops.dynamic_quant
             codes, scale = dynamic(x, self.clip_ratio, self.bits)
             return codes, scale
@@ -82,7 +91,7 @@ class Quantizer:
 
     def of_product(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes of silu(gate) * up from (..., 2 ffn), with as little traffic as the rotation allows."""
-        if self.rotates:
+        if self.rotates or self.left is not None or (self.multiplier is None and self.index is not None):
             return self(ops.silu_mul(gate_up))
         if self.multiplier is None:
             codes, scale = ops.silu_mul_dynamic_quant(gate_up, self.clip_ratio, self.bits)

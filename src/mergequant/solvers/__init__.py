@@ -4,6 +4,7 @@ from mergequant.solvers.gram import GramSum
 from mergequant.solvers.least_squares import least_squares_weight
 from mergequant.solvers.rounding import Solution, gptq, output_error, rtn
 from mergequant.solvers.sweep import InverseFactor, invert_hessian, sweep
+from mergequant.solvers.two_level import two_level
 
 __all__ = [
     "GramSum",
@@ -15,4 +16,5 @@ __all__ = [
     "output_error",
     "rtn",
     "sweep",
+    "two_level",
 ]

@@ -28,9 +28,7 @@ class Solution:
 
     def rows(self, start: int, stop: int) -> "Solution":
         """Rows start..stop of the weight, as a solution of their own."""
-        whole = self.quantized
-        part = QTensor(whole.codes[start:stop], whole.scale[start:stop], whole.grid)
-        return Solution(part, self.damping, self.attempts)
+        return Solution(self.quantized.rows(start, stop), self.damping, self.attempts)
 
 
 def rtn(weight: Tensor, quantizer: Quantizer) -> Solution:

@@ -6,17 +6,30 @@ ones already quantized; a block step runs once for the block, between them.
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
 
 from mergequant.calibration import BlockContext, SiteContext
 from mergequant.errors import RecipeError
 from mergequant.models import ModelShell, ModelTransform, Site
 from mergequant.models.roles import SiteKind
 
-__all__ = ["ALL_SITES", "BlockStep", "ModelStep", "SiteStep", "Step", "fitting", "near_name", "step_from_dict"]
+__all__ = [
+    "ALL_SITES",
+    "BlockStep",
+    "LearningStep",
+    "ModelStep",
+    "SiteStep",
+    "Step",
+    "fitting",
+    "near_name",
+    "step_from_dict",
+]
 
 ALL_SITES: tuple[SiteKind, ...] = get_args(SiteKind)
 _STEPS: dict[str, type["Step"]] = {}
@@ -82,6 +95,28 @@ class ModelStep(Step, ABC):
     @abstractmethod
     def transform(self, shell: ModelShell, seed: int) -> ModelTransform:
         """The change, for one model; `seed` is the run's. Raises StructureError, naming a recipe that works."""
+
+
+@dataclass(frozen=True)
+class LearningStep(ModelStep, ABC):
+    """A change of the whole model that begins as `transform` says and is refined by what calibration windows teach."""
+
+    @abstractmethod
+    def learn(
+        self, shell: ModelShell, windows: Tensor, seed: int, progress: Callable[[str], None]
+    ) -> dict[str, Tensor]:
+        """What is learned, on the CPU, to be stored while the run goes on; a resumed run reads it back.
+
+        Args:
+            shell: the model, changed by `transform` already; its blocks are empty again afterwards.
+            windows: int64 (windows, tokens).
+            seed: the run's.
+            progress: told how far it is.
+        """
+
+    @abstractmethod
+    def refine(self, shell: ModelShell, learned: Mapping[str, Tensor]) -> ModelTransform:
+        """The further change that the learned tensors make."""
 
 
 def step_from_dict(data: Any, where: str) -> Step:

@@ -1,8 +1,9 @@
 """What a choice at a site does to the module behind it: attention, MLP, or what lies between a site and the next norm.
 
 AWQ and Outlier Suppression+ judge scales by the output of the whole module that reads a site, not by the linears one by
-one. Here a module ends where the next norm site begins, or with the block; so it is found without any name. What is
-compared there contains the residual stream, which is the same on both sides and drops out of the difference.
+one. Here a module ends where the next one begins that reads the residual stream, or with the block; so it is found
+without any name. What is compared there contains the residual stream, which is the same on both sides and drops out of
+the difference.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mergequant.calibration import SiteContext
 from mergequant.calibration.chain import TOKENS_PER_CHUNK
+from mergequant.models import Site
 
 __all__ = ["LinearOutput", "ModuleOutput"]
 
@@ -34,14 +36,14 @@ class ModuleOutput:
 
     def __init__(self, context: SiteContext, chunks: int = 1) -> None:
         self._block, self._consumers = context.block, context.site.consumers
-        self._begin = context.site.norm.name if context.site.norm is not None else context.site.consumers[0]
+        self._begin = _entrance(context.site)
         chain = context.block.chain
         numbers = chain.numbers("calibration")
         count = min(chunks, len(numbers))
         self._hidden = [chain.hidden[numbers[(2 * i + 1) * len(numbers) // (2 * count)]] for i in range(count)]
         sites = context.block.structure.sites
-        later = [site.norm for site in sites[sites.index(context.site) + 1 :] if site.norm is not None]
-        self._end = later[0].name if later else None
+        later = [site for site in sites[sites.index(context.site) + 1 :] if site.begins_module]
+        self._end = _entrance(later[0]) if later else None
         self._before = [self._parts_before(hidden) for hidden in self._hidden]
         self._targets = list(self._outputs())
 
@@ -105,6 +107,11 @@ class ModuleOutput:
                 if values is not None:
                     stack.callback(linear.register_forward_pre_hook(_replacing(values)).remove)
             yield
+
+
+def _entrance(site: Site) -> str:
+    """Name of the module where what a site feeds begins."""
+    return site.norm.name if site.norm is not None else site.consumers[0]
 
 
 @contextmanager

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from mergequant import ops
+from mergequant.calibration import SiteContext
 from mergequant.errors import StructureError
 from mergequant.models import BlockStructure, ModelShell, ModelTransform, OutsideParts, Site
-from mergequant.steps.base import ModelStep
+from mergequant.models.roles import SiteKind
+from mergequant.steps.base import ModelStep, SiteStep
+from mergequant.transforms import Kronecker
 
-__all__ = ["ResidualRotation", "RotateResidual"]
+__all__ = ["MixHeads", "ResidualRotation", "RotateResidual", "whole_heads"]
 
 ROWS_AT_ONCE = 8192  # of an embedding that is rotated in float64
 INSTEAD = "Use mergequant-plus, which rotates only inputs of o_proj and down_proj, or gptq"
@@ -80,22 +83,23 @@ class ResidualRotation(ModelTransform):
                     value = parameter.detach().double()
                     parameter.detach().copy_(self.hidden(value.t()).t() if name == "weight" else self.hidden(value))
             if site.kind == "attention_output" and self.head_width:
-                self._rotate_heads(block, site)
+                self._rotate_heads(index, block, site)
 
-    def _rotate_heads(self, block: nn.Module, site: Site) -> None:
+    def _rotate_heads(self, index: int, block: nn.Module, site: Site) -> None:
         if site.producer is None:
             raise StructureError(f"{site.name}: no value projection is proven to feed it")
         for name in site.consumers:
             weight = block.get_submodule(name).get_parameter("weight").detach()
-            weight.copy_(self._by_head(weight.double()))
+            weight.copy_(self.by_head(weight.double(), index))
         rows = site.producer.rows
         for name, parameter in block.get_submodule(rows.linear).named_parameters():
             part = parameter.detach()[rows.start : rows.stop]
             value = part.double()
-            part.copy_(self._by_head(value.t()).t() if name == "weight" else self._by_head(value))
+            turned = self.by_head(value.t(), index).t() if name == "weight" else self.by_head(value, index)
+            part.copy_(turned)
 
-    def _by_head(self, value: Tensor) -> Tensor:
-        """Rotate each head's channels along the last axis."""
+    def by_head(self, value: Tensor, index: int) -> Tensor:
+        """Rotate each head's channels along the last axis, in block `index`."""
         return ops.hadamard_transform(value.reshape(*value.shape[:-1], -1, self.head_width)).reshape(value.shape)
 
 
@@ -103,6 +107,29 @@ def _rotate_rows(weight: Tensor, rotation: ResidualRotation, gain: Tensor) -> No
     """W <- W diag(gain) R in place, computed in float64, some rows at a time."""
     for part in weight.detach().split(ROWS_AT_ONCE):
         part.copy_(rotation.hidden(part.double() * gain))
+
+
+@dataclass(frozen=True)
+class MixHeads(SiteStep):
+    """Rotate across heads online: channel c of all heads by a Hadamard-like rotation of their number.
+
+    Where the values of every head are rotated in the weights (`RotateResidual`), the input of o_proj is then rotated as
+    a whole: H_width = (I (x) H_head)(H_heads (x) I), of which only the second factor costs time at run time (QuaRot,
+    section 4, "Hadamard heads").
+    """
+
+    name: ClassVar[str] = "mix_heads"
+    sites: tuple[SiteKind, ...] = ("attention_output",)
+
+    def run(self, context: SiteContext) -> None:
+        width = _head_width(context.block.chain.shell)
+        if not whole_heads(context.site, width):
+            raise StructureError(
+                f"{context.name}: its columns are not proven to be whole value heads of {width} channels, so heads "
+                "cannot be mixed. Use quarot with heads=online or heads=none"
+            )
+        matrix = ops.rotation(context.site.width // width).matrix()
+        context.flatten(Kronecker(matrix.to(device=context.block.device, dtype=torch.float32)))
 
 
 def _head_width(shell: ModelShell) -> int:
@@ -142,14 +169,15 @@ def _check_block(shell: ModelShell, index: int, structure: BlockStructure, width
         )
     if head_width:
         for site in structure.sites:
-            if site.kind == "attention_output" and not _whole_heads(site, head_width):
+            if site.kind == "attention_output" and not whole_heads(site, head_width):
                 raise StructureError(
                     f"{name}.{site.name}: its columns are not proven to be whole value heads of {head_width} channels, "
                     "so rotating heads cannot be fused. Use quarot with heads=online or heads=none"
                 )
 
 
-def _whole_heads(site: Site, head_width: int) -> bool:
+def whole_heads(site: Site, head_width: int) -> bool:
+    """Whether a site's columns are whole value heads, one after the other, as far as their producer's rows tell."""
     if site.producer is None or site.width % head_width:
         return False
     channel = torch.tensor(site.producer.channel).reshape(-1, head_width)

@@ -1,19 +1,31 @@
 """The last step of a site: weights become codes, and the float modules are replaced by quantized ones."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mergequant.calibration import SiteContext
 from mergequant.errors import RecipeError
-from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, Quantizer, fitting_group, pack_codes
+from mergequant.grids import (
+    AbsMax,
+    ClipSearch,
+    IntegerGrid,
+    Quantizer,
+    TwoLevelQuantizer,
+    TwoLevelTensor,
+    fitting_group,
+    pack_codes,
+)
+from mergequant.grids.two_level import TWO_LEVEL_BITS
+from mergequant.models import BiasedNorm
 from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
-from mergequant.solvers import Solution, gptq, invert_hessian, rtn
+from mergequant.nn.spec import FLOAT_BITS
+from mergequant.solvers import InverseFactor, Solution, gptq, invert_hessian, rtn, two_level
 from mergequant.steps.base import SiteStep
 from mergequant.steps.judge import RoundingName
-from mergequant.transforms import ChannelScheme, FloatScheme, TensorScheme, TokenScheme
+from mergequant.transforms import ChannelScheme, FloatScheme, Kronecker, ReassembledScheme, TensorScheme, TokenScheme
 
 __all__ = ["Round"]
 
@@ -28,11 +40,14 @@ class Round(SiteStep):
     Attributes:
         method: "gptq" or "rtn".
         bits: bits of the weight codes.
-        group_size: columns per weight scale; 0 = a scale per row. Only for float inputs.
+        group_size: columns per weight scale; 0 = a scale per row. Only for float inputs, or with two levels.
         fit_groups: where the group size does not divide a width, take a smaller one that does, or a scale per row
             (`grids.fitting_group`), instead of refusing.
         clip: search the range of each row (exponent `clip_norm`); else absmax.
         damping, activation_order: as in GPTQ.
+        hessian: of which inputs: "quantized" = of the codes, as above; "float" = before they are rounded.
+        levels: 2 = int8 per row, and inside these codes 4-bit groups with integer steps and zeros (QServe): still one
+            integer GEMM. `clip` then searches the steps of groups.
     """
 
     name: ClassVar[str] = "round"
@@ -43,7 +58,9 @@ class Round(SiteStep):
     clip_norm: float = 2.4
     damping: float = 0.01
     activation_order: bool = True
+    hessian: Literal["quantized", "float"] = "quantized"
     fit_groups: bool = False
+    levels: Literal[1, 2] = 1
 
     def group_of(self, width: int) -> int:
         """Group size for a row of `width` columns; 0 = a scale per row."""
@@ -52,33 +69,40 @@ class Round(SiteStep):
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "rtn"):
             raise RecipeError(f"round: method {self.method!r} is not 'gptq' or 'rtn'")
+        if self.levels not in (1, 2) or (self.levels == 2 and self.bits != TWO_LEVEL_BITS):
+            raise RecipeError(f"round: levels {self.levels} with {self.bits} bits; two levels are for 4-bit weights")
 
     def run(self, context: SiteContext) -> None:
         scheme = context.scheme
-        if self.group_size and not isinstance(scheme, FloatScheme):
+        if self.group_size and self.levels == 1 and not isinstance(scheme, FloatScheme):
             raise RecipeError(
                 f"{context.name}: groups of {self.group_size} along the reduction axis would break the single integer "
                 "GEMM; use group_size=0, or leave the input in floating point"
             )
         if context.targets is None:
             context.targets = {name: scheme.fold(weight) for name, weight in context.weights.items()}
-        search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
         group_size = self.group_of(context.site.width)
-        quantizer = Quantizer(IntegerGrid(self.bits), group_size or None, search)
         inverse = None
         if self.method == "gptq":
-            gram = context.gram().total
+            gram = context.gram(scheme.exact_values if self.hessian == "float" else scheme.values).total
             inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
             context.report(damping=inverse.damping, cholesky_attempts=float(inverse.attempts))
         # Rows are independent, so all consumers of the site are rounded in one sweep.
         stacked = torch.cat(list(context.targets.values()))
-        solution = rtn(stacked, quantizer) if inverse is None else gptq(stacked, inverse, quantizer)
+        solution = self._solve(stacked, inverse, group_size or None)
         first = 0
         for name, target in context.targets.items():
             context.solutions[name] = solution.rows(first, first + target.shape[0])
             first += target.shape[0]
         context.report(output_error=held_out_error(context))
         replace_modules(context, self.bits, group_size)
+
+    def _solve(self, weight: Tensor, inverse: InverseFactor | None, group_size: int | None) -> Solution:
+        if self.levels == 2:
+            return two_level(weight, inverse, TwoLevelQuantizer(group_size, self.clip))
+        search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
+        quantizer = Quantizer(IntegerGrid(self.bits), group_size, search)
+        return rtn(weight, quantizer) if inverse is None else gptq(weight, inverse, quantizer)
 
 
 def held_out_error(context: SiteContext, tokens: int = 2048) -> float:
@@ -98,12 +122,16 @@ def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
     scheme = context.scheme
     block, site = context.block, context.site
     absorbed = isinstance(scheme, ChannelScheme) and _migrate(context, scheme)
-    spec, buffers = _input_spec(context, absorbed)
+    spec, buffers = _held(context, *_input_spec(context, absorbed))
     for name, solution in context.solutions.items():
         old = block.linear(name)
         block.replace(name, _quant_linear(spec, buffers, solution, old, bits, group_size).to(block.device))
-    if isinstance(scheme, ChannelScheme) and site.norm is not None:
+    if site.norm is None:
+        return
+    if isinstance(scheme, ChannelScheme):
         block.replace(site.norm.name, _quant_norm(context, scheme).to(block.device))
+    elif isinstance(norm := block.module.get_submodule(site.norm.name), BiasedNorm):
+        block.replace(site.norm.name, _biased_norm(norm).to(block.device))
 
 
 def _migrate(context: SiteContext, scheme: ChannelScheme) -> bool:
@@ -127,11 +155,16 @@ def _migrate(context: SiteContext, scheme: ChannelScheme) -> bool:
 
 def _input_spec(context: SiteContext, absorbed: bool) -> tuple[InputSpec, dict[str, Tensor]]:
     scheme, width = context.scheme, context.site.width
+    if context.transform is not None and not isinstance(scheme, TokenScheme):
+        raise RecipeError(f"{context.name}: an online transform needs dynamic inputs; put token_input behind it")
     if isinstance(scheme, FloatScheme):
         return InputSpec("float", width, width, rotation=context.rotation), {}
     if isinstance(scheme, TokenScheme):
         spec = InputSpec("dynamic", width, width, scheme.bits, context.rotation, clip_ratio=scheme.clip_ratio)
-        return spec, {}
+        return _transformed(spec, context.transform)
+    if isinstance(scheme, ReassembledScheme):
+        spec = InputSpec("dynamic", width, scheme.width, scheme.bits, gathers=True, merges=scheme.merges)
+        return spec, {"index": scheme.index.to(torch.int32)}
     if isinstance(scheme, TensorScheme):
         spec = InputSpec("static", width, width, scheme.bits, context.rotation)
         return spec, {"multiplier": torch.tensor([1 / scheme.step])}
@@ -157,15 +190,51 @@ def _input_spec(context: SiteContext, absorbed: bool) -> tuple[InputSpec, dict[s
     return spec, buffers
 
 
+def _held(context: SiteContext, spec: InputSpec, buffers: dict[str, Tensor]) -> tuple[InputSpec, dict[str, Tensor]]:
+    """An input that was scaled or shifted where nothing in front could take it up: the quantizer does, or folds it into
+    the multiplier that it has anyway."""
+    if context.site.name not in context.block.held:
+        return spec, buffers
+    own, moved = (part.float() for part in context.block.held[context.site.name])
+    if spec.kind == "static":
+        if spec.rotation:
+            raise RecipeError(
+                f"{context.name}: a scale per channel cannot stay in front of an online rotation with static steps; "
+                "leave out the scaling, or quantize dynamically"
+            )
+        index = buffers["index"].long() if "index" in buffers else slice(None)
+        step = buffers["multiplier"].to(own)
+        moved = moved[index] * step + buffers.get("shift", torch.zeros(())).to(own)
+        own = own[index] * step
+    buffers = {**buffers, "multiplier": own}
+    if bool(moved.any()):
+        buffers["shift"] = moved
+    return replace(spec, per_channel=True, shifts="shift" in buffers), buffers
+
+
+def _transformed(spec: InputSpec, transform: Kronecker | None) -> tuple[InputSpec, dict[str, Tensor]]:
+    """A dynamic input behind an online transform, whose factors are stored."""
+    if transform is None:
+        return spec, {}
+    left, right = transform.left, transform.right
+    order = 0 if right is None else right.shape[0]
+    buffers = {"left": left} if right is None else {"left": left, "right": right}
+    return replace(spec, left=left.shape[0], right=order), buffers
+
+
 def _quant_linear(
     spec: InputSpec, buffers: dict[str, Tensor], solution: Solution, old: nn.Linear, bits: int, group_size: int
 ) -> QuantLinear:
     quantized = solution.quantized
     bias: Tensor | None = old.bias
-    module = QuantLinear(LinearSpec(quantized.codes.shape[0], spec, bits, group_size, bias is not None))
+    levels = 2 if isinstance(quantized, TwoLevelTensor) else 1
+    module = QuantLinear(LinearSpec(quantized.codes.shape[0], spec, bits, group_size, bias is not None, levels))
     module.out_dtype = old.weight.dtype
     module.weight_codes.copy_(pack_codes(quantized.codes, bits))
-    module.weight_scale.copy_(quantized.scale if group_size else quantized.scale[:, 0])
+    module.weight_scale.copy_(quantized.scale if group_size and levels == 1 else quantized.scale[:, 0])
+    if isinstance(quantized, TwoLevelTensor) and module.group_scale is not None and module.group_zero is not None:
+        module.group_scale.copy_(quantized.group_scale)
+        module.group_zero.copy_(quantized.group_zero)
     if bias is not None and module.bias is not None:
         module.bias.copy_(bias.detach())
     if module.input_quantizer is not None:
@@ -193,4 +262,15 @@ def _quant_norm(context: SiteContext, scheme: ChannelScheme) -> QuantNorm:
         module.index.copy_(scheme.index)
     if shifts and module.shift is not None:
         module.shift.copy_(shift)
+    return module
+
+
+def _biased_norm(norm: BiasedNorm) -> QuantNorm:
+    """A norm that has been given a bias, as a checkpoint holds it: the architecture has no place for the bias."""
+    role = norm.role
+    module = QuantNorm(NormSpec(role.kind, role.width, role.width, FLOAT_BITS, role.eps, shifts=True))
+    module.out_dtype = norm.weight.dtype
+    module.multiplier.copy_(role.gain(norm))
+    if module.shift is not None:
+        module.shift.copy_(norm.bias)
     return module

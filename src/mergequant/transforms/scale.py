@@ -1,7 +1,8 @@
 """Channel scales: an input channel is divided by s and its weight columns are multiplied by s, which changes nothing.
 
 What s is for differs: SmoothQuant (arXiv 2211.10438) evens out inputs and weights, AWQ (arXiv 2306.00978) makes columns
-that meet large inputs large, so that their rounding errors become relatively smaller.
+that meet large inputs large, so that their rounding errors become relatively smaller, Outlier Suppression+ (arXiv
+2304.09145) brings the channels above a threshold down to it and touches no other.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mergequant.grids import Quantizer
 from mergequant.transforms.clip import even_fractions
 
-__all__ = ["activation_aware_scale", "clip_groups", "smoothing_scale"]
+__all__ = ["activation_aware_scale", "clip_groups", "smoothing_scale", "threshold_scale"]
 
 SMOOTH_FLOOR = 1e-5  # of weights and of scales, as in SmoothQuant's code
 AWARE_FLOOR = 1e-4  # of scales, as in AWQ's code
@@ -43,6 +44,19 @@ def activation_aware_scale(inputs: Tensor, ratio: float) -> Tensor:
     """
     scale = inputs.pow(ratio).clamp_min(AWARE_FLOOR)
     return scale / (scale.max() * scale.min()).sqrt()
+
+
+def threshold_scale(inputs: Tensor, share: float) -> Tensor:
+    """Outlier Suppression+'s s = max(1, max|X| / t), with the threshold t = share * max|X| over all channels.
+
+    Args:
+        inputs: largest magnitude of every channel (channels,); of shifted inputs, where these are shifted.
+        share: in (0, 1]; 1 gives s = 1 exactly.
+
+    Returns:
+        (channels,), 1 for all channels within the threshold.
+    """
+    return (inputs / (share * inputs.max()).clamp_min(torch.finfo(inputs.dtype).tiny)).clamp_min(1)
 
 
 def clip_groups(weight: Tensor, gram: Tensor, quantizer: Quantizer, *, least: float, steps: int) -> Tensor:

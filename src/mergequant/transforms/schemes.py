@@ -16,7 +16,7 @@ from torch import Tensor
 from mergequant import ops
 from mergequant.grids import IntegerGrid
 
-__all__ = ["ChannelScheme", "FloatScheme", "InputScheme", "TensorScheme", "TokenScheme"]
+__all__ = ["ChannelScheme", "FloatScheme", "InputScheme", "ReassembledScheme", "TensorScheme", "TokenScheme"]
 
 
 @dataclass(frozen=True)
@@ -157,4 +157,45 @@ class ChannelScheme:
         return IntegerGrid(self.bits).share_outside(self.exact_values(x) + self.offset)
 
 
-InputScheme = FloatScheme | TokenScheme | TensorScheme | ChannelScheme
+@dataclass(frozen=True)
+class ReassembledScheme:
+    """A scale per token, on slots that hold copies of a channel or the sum of several (QLLM; `ops.reassemble`).
+
+    The identity holds for copies. A sum of n channels meets the mean of their columns, which is as much as it can: the
+    error is (x_i - x_j)(W_i - W_j) / 2 for two.
+
+    Attributes:
+        bits: width of the clamp.
+        index: int64 (width + sum(merges),), channel of each slot, then those that are added.
+        share: float64 (width,), 1 / number of copies, or 1 / number of channels that the slot adds up.
+        merges: see `ops.reassemble`.
+    """
+
+    bits: int
+    index: Tensor
+    share: Tensor
+    merges: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Number of slots."""
+        return self.share.shape[0]
+
+    def values(self, x: Tensor) -> Tensor:
+        """Codes times token scale (tokens, width)."""
+        return TokenScheme(self.bits).values(self.exact_values(x))
+
+    def exact_values(self, x: Tensor) -> Tensor:
+        """Slots before rounding (tokens, width)."""
+        return ops.reassemble(x, self.index, self.merges)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """Columns of the slots: a share of the channel's, or the mean of those of its channels (outputs, width)."""
+        return ops.reassemble(weight, self.index, self.merges) * self.share.to(weight.dtype)
+
+    def clamped(self, x: Tensor) -> float:
+        """Share of codes beyond the grid."""
+        return TokenScheme(self.bits).clamped(self.exact_values(x))
+
+
+InputScheme = FloatScheme | TokenScheme | TensorScheme | ChannelScheme | ReassembledScheme

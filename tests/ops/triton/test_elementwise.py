@@ -76,12 +76,12 @@ def test_add_rmsnorm_when_interpreted_expect_the_reference(
     weight = torch.rand(channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     for held in (16384, 32):
         monkeypatch.setattr("mergequant.ops.triton.common.MOST_HELD", held)
-        for x in (case.x, None):
+        for x, bias in ((case.x, None), (None, None), (case.x, torch.linspace(-9, 9, channels))):
             residuals = (case.residual.clone(), case.residual.clone())
             with use_backend("torch"):
-                expected = ops.add_rmsnorm(x, residuals[0], weight, EPS)
+                expected = ops.add_rmsnorm(x, residuals[0], weight, EPS, bias)
             with use_backend("triton"):
-                got = ops.add_rmsnorm(x, residuals[1], weight, EPS)
+                got = ops.add_rmsnorm(x, residuals[1], weight, EPS, bias)
             assert torch.equal(*residuals)
             assert torch.equal(residuals[0], case.residual) == (x is None)
             torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)

@@ -4,7 +4,10 @@ Every request begins with BOS if the tokenizer has one, also where lm-eval's own
 models with a stored prefix need it, and most models were trained with it.
 """
 
+import io
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -53,6 +56,10 @@ class MergeQuantLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of a text, always without special tokens: BOS is added once, by `_window`."""
         return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations; no bars where nobody watches."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once."""
@@ -171,6 +178,11 @@ class JsonlTask(ConfigurableTask):
     def download(self, *args: Any, **kwargs: Any) -> None:
         """Called by lm-eval to get the data: it is here already."""
         self.dataset = {"test": Dataset.from_list(self._rows)}
+
+    def build_all_requests(self, **options: Any) -> None:
+        """As lm-eval does, without its bar, which lasts a moment."""
+        with redirect_stderr(io.StringIO()):
+            super().build_all_requests(**options)
 
 
 def _gold(row: Mapping[str, Any]) -> int:

@@ -133,7 +133,7 @@ def _library_tasks(names: Sequence[str], seed: int) -> dict[str, Any]:
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, [*LOCAL_TASKS, *manager.all_tasks], n=3)
+            close = difflib.get_close_matches(name, sorted({*LOCAL_TASKS, *manager.all_tasks}), n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; local ones: {', '.join(LOCAL_TASKS)}."
             raise UsageError(f"--tasks {name}: unknown task{hint}")
     try:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from mergequant.checkpoint import open_checkpoint
 from mergequant.errors import CheckpointError, UsageError
 from mergequant.integrations.transformers.serve import serve as serve_model
+from mergequant.models import model_class
 
 __all__ = ["load"]
 
@@ -38,7 +39,7 @@ def load(
         kv_bits: of the fast loop's cache: 16, 8 or 4. Giving it means serve=True; None: 16.
 
     Returns:
-        A `PreTrainedModel` with `generate`, in evaluation mode.
+        A `PreTrainedModel` in evaluation mode: with `generate`, or an encoder of the class that its config names.
 
     Raises:
         UsageError: the fast loop was asked for and cannot run the model.
@@ -53,11 +54,12 @@ def load(
             f"{folder}: there is no such folder; {hint or 'pass the folder that `mergequant quantize` wrote'}"
         )
     open_checkpoint(folder).names()  # reads the headers, before transformers meets a damaged one
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    made_by: Any = model_class(AutoConfig.from_pretrained(folder, local_files_only=True))
+    model = made_by.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     model = model.to(device).eval()
     if serve or (serve is None and kv_bits is not None):
         serve_model(model, kv_bits or DEFAULT_KV_BITS)
-    elif serve is None and model.device.type == "cuda":
+    elif serve is None and model.device.type == "cuda" and model.can_generate():
         try:
             _require_kernels(model)
             serve_model(model)

@@ -93,6 +93,7 @@ def quantize_skeleton(
                     "of config.json belongs to another model, or transformers renamed the layer: fetch it again"
                 )
             parent._modules[child] = _in_dtype(build_module(spec), dtype)
+            parent._is_hf_initialized = True  # type: ignore[assignment]  # some classes would now draw a float weight
         if quantization.prefix is not None:
             decoder = _owner(model, prefix_module, quantization.prefix.layers)
             decoder.add_module(PREFIX_MODULE, _in_dtype(PrefixStore(quantization.prefix), dtype))
@@ -114,10 +115,13 @@ def _owner(model: nn.Module, name: str | None, layers: int) -> nn.Module:
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """Module that holds the layer of this full name, and the layer's name in it; None for a head that is not there."""
     base = getattr(model, "base_model_prefix", "")
-    if base and not hasattr(model, base):  # the model without its head: names start inside
-        if not name.startswith(base + "."):
+    if base and not hasattr(model, base):  # the model without its head: names may start inside
+        inside = name.startswith(base + ".")
+        if not inside and not hasattr(model, name.partition(".")[0]):
             return None
         name = name.removeprefix(base + ".")
+    elif base and not name.startswith(base + ".") and not hasattr(model, name.partition(".")[0]):
+        name = f"{base}.{name}"  # saved without a head, opened with one
     parent, _, child = name.rpartition(".")
     try:
         return model.get_submodule(parent), child

@@ -162,11 +162,11 @@ def add_rmsnorm_quant(
     return out
 
 
-def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     """`add_rmsnorm` of checked arguments; updates the residual in place unless x is None."""
     out = torch.empty_like(residual)
     values, target = (residual, None) if x is None else (x, residual)
-    _norm(values, target, weight, None, None, out, eps, bits=0)
+    _norm(values, target, weight, None, bias, out, eps, bits=0)
     return out
 
 

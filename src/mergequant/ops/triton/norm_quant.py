@@ -191,12 +191,12 @@ def add_rmsnorm_quant(
     return out
 
 
-def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     """`add_rmsnorm` of checked arguments; updates the residual in place unless x is None."""
     out = torch.empty_like(residual)
     width = residual.shape[-1]
     values, target = (residual, None) if x is None else (x, residual)
-    _launch(values, target, weight, None, None, out, eps, None, width)
+    _launch(values, target, weight, None, bias, out, eps, None, width)
     return out
 
 
