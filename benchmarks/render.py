@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ def _protocol(runs: dict[str, Any], models: list[str], texts: list[str]) -> str:
     spread = (
         f"mean of {seeds} calibration seeds ± half of highest minus lowest" if seeds > 1 else "one calibration seed"
     )
+    runs_of = Counter((row["model"], row["label"], row.get("kv_bits", 16)) for row in runs["rows"])
+    if seeds > 1 and 1 in runs_of.values():
+        spread += ", one seed where no spread is given"
     return (
         f"D in nats, {spread}. KL and top-1 agreement on {texts[0]}, {' / '.join(models)}. Calibration: "
         f"{runs['protocol']['calibration']}. Evaluation: {runs['protocol']['evaluation']}. Made by `{runs['command']}` "
