@@ -42,6 +42,7 @@ _W4A4: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4}
 _W6A6: dict[str, Any] = {"weight_bits": 6, "activation_bits": 6}
 _W8A8: dict[str, Any] = {"weight_bits": 8, "activation_bits": 8}
 _GOOD: dict[str, Any] = {"rounding": "gptq", "clip": True}  # what a 4-bit baseline is given, whatever its paper did
+_CLIPPED: dict[str, Any] = {**_GOOD, "input_clip": True}
 _EXTRAS: dict[str, Any] = {"activation_clip": "search", "hessian": "quantized", "prefix": "bos"}
 OS_PLUS = "outlier-suppression-plus"
 # The channel family and its rivals; what the labels of `MAIN` name is the same here.
@@ -52,14 +53,14 @@ FAMILY: Suite = {
     "awq W4A16, groups of 128": ("awq", {}),
     "awq W4A16, rows": ("awq", {"group_size": 0}),
     "smoothquant W8A8": ("smoothquant", {"alpha": 0.85}),
-    "smoothquant W6A6": ("smoothquant", {**_W6A6, **_GOOD, "alpha": 0.85}),
-    "smoothquant W4A4": ("smoothquant", {**_W4A4, **_GOOD, "alpha": 0.85}),
+    "smoothquant W6A6": ("smoothquant", {**_W6A6, **_CLIPPED, "alpha": 0.85}),
+    "smoothquant W4A4": ("smoothquant", {**_W4A4, **_CLIPPED, "alpha": 0.85}),
     "outliertune W8A8": ("outliertune", _W8A8),
     "outliertune W6A6": ("outliertune", _W6A6),
     "outliertune W4A4": ("outliertune", _W4A4),
     f"{OS_PLUS} W8A8": (OS_PLUS, _W8A8),
-    f"{OS_PLUS} W6A6": (OS_PLUS, {**_W6A6, **_GOOD}),
-    f"{OS_PLUS} W4A4": (OS_PLUS, {**_W4A4, **_GOOD}),
+    f"{OS_PLUS} W6A6": (OS_PLUS, {**_W6A6, **_CLIPPED}),
+    f"{OS_PLUS} W4A4": (OS_PLUS, {**_W4A4, **_CLIPPED}),
     "qllm W6A6": ("qllm", {**_W6A6, **_GOOD}),
     "qllm W4A4": ("qllm", {**_W4A4, **_GOOD}),
     "qserve W4A8": ("qserve", {}),
@@ -73,7 +74,54 @@ FAMILY: Suite = {
     "mergequant-plus": (PLUS, {}),
     "mergequant-w4a8": ("mergequant-w4a8", {}),
 }
-SLOW = ("spinquant", "flatquant", "qllm")  # recipes that learn: started first, so that nobody waits for them at the end
+# Weights alone, at their papers' widths, beside rounding and GPTQ at the same ones.
+WEIGHTS: Suite = {
+    "rtn W4, groups of 128": ("rtn", {"activation_bits": 16, "group_size": 128}),
+    "gptq W4": ("gptq", {}),
+    "gptq W3": ("gptq", {"weight_bits": 3}),
+    "gptq W3, groups of 128": ("gptq", {"weight_bits": 3, "group_size": 128}),
+    "gptq W2, groups of 128": ("gptq", {"weight_bits": 2, "group_size": 128}),
+    "quantease W4": ("quantease", {"weight_bits": 4}),
+    "quantease W3": ("quantease", {}),
+    "quantease W3, 1 % outliers": ("quantease", {"outliers": 0.01}),
+    "quantease W3, 1 % outlier columns": ("quantease", {"outliers": 0.01, "whole_columns": True}),
+    "quantease W3, polishing GPTQ": ("quantease", {"start": "gptq", "sweeps": 10}),
+    "spqr W3": ("spqr", {}),
+    "spqr W3, damping 0.01": ("spqr", {"damping": 0.01}),
+    "spqr W4, damping 0.01": ("spqr", {"weight_bits": 4, "damping": 0.01}),
+    "gwq W3": ("gwq", {}),
+    "gwq W3, 16 samples": ("gwq", {"samples": 16}),
+    "adadim W3": ("adadim", {}),
+    "adadim W3, rows": ("adadim", {"axis": "row"}),
+    "adadim W3, RTN": ("adadim", {"rounding": "rtn"}),
+    "powerquant W4": ("powerquant", {}),
+    "powerquant W4, GPTQ": ("powerquant", {"rounding": "gptq"}),
+    "nupes W4": ("nupes", {}),
+    "vptq, 2 bits": ("vptq", {}),
+    "cmpq, 3 bits": ("cmpq", {}),
+    "cmpq, 2.2 bits": ("cmpq", {"average_bits": 2.2}),
+    "dmmv W3": ("dmmv", {}),
+    "hqq W4, groups of 64": ("hqq", {}),
+    "hqq W3, groups of 64": ("hqq", {"weight_bits": 3}),
+    "autoround W4, groups of 128": ("autoround", {}),
+    "autoround W3, groups of 128": ("autoround", {"weight_bits": 3}),
+}
+SLOW = (
+    "spinquant",
+    "flatquant",
+    "qllm",
+    "nupes",
+    "vptq",
+    "dmmv",
+    "autoround",
+)  # recipes that learn: started first, so that nobody waits for them at the end
 KV: Suite = {"mergequant-w4a8": MAIN["mergequant-w4a8"], PLUS: MAIN[PLUS]}
-SUITES = {"main": MAIN, "ablations": ABLATIONS, "all": {**MAIN, **ABLATIONS}, "kv": KV, "family": FAMILY}
+SUITES = {
+    "main": MAIN,
+    "ablations": ABLATIONS,
+    "all": {**MAIN, **ABLATIONS},
+    "kv": KV,
+    "family": FAMILY,
+    "weights": WEIGHTS,
+}
 KV_BITS = {"kv": (16, 8, 4)}  # of other suites: 16 only

@@ -11,13 +11,16 @@ from torch import Tensor
 from mergequant import ops
 from mergequant.checkpoint import CheckpointWriter
 from mergequant.nn import (
+    CodebookSpec,
     InputSpec,
     KVScales,
     KVSpec,
     LinearSpec,
     NormSpec,
+    PartSpec,
     PrefixSpec,
     PrefixStore,
+    SparseSpec,
     Spec,
     build_module,
 )
@@ -26,6 +29,13 @@ WIDTH = 12
 PREFIX = PrefixSpec(tokens=(1, 4), replaces_bos=True, layers=2, kv_heads=2, key_width=3, value_width=3, channels=WIDTH)
 KV = KVSpec(layers=2, kv_heads=2, key_width=3, value_width=3)
 LAYERS: dict[str, Spec] = {
+    "books": CodebookSpec(
+        outputs=6,
+        parts=(PartSpec(columns=4, vector=2, bits=3, residual_bits=2), PartSpec(columns=8, vector=1, bits=2, groups=8)),
+        ordered=True,
+        outliers=5,
+        input=InputSpec(kind="float", in_width=WIDTH, width=WIDTH),
+    ),
     "norm": NormSpec(norm="rms", channels=WIDTH, width=14, bits=8, eps=1e-5, gathers=True),
     "attn.q_proj": LinearSpec(outputs=10, input=InputSpec(kind="codes", in_width=WIDTH, width=14)),
     "attn.o_proj": LinearSpec(
@@ -38,6 +48,16 @@ LAYERS: dict[str, Spec] = {
         weight_bits=8,
         input=InputSpec(kind="static", in_width=WIDTH, width=WIDTH, rotation=ops.rotation(WIDTH).name),
     ),
+    "sparse": SparseSpec(
+        outputs=6,
+        weight_bits=3,
+        group_size=4,
+        zeros="float",
+        outliers=5,
+        tile=4,
+        ordered=True,
+        input=InputSpec(kind="float", in_width=WIDTH, width=WIDTH),
+    ),
     "two": LinearSpec(outputs=6, group_size=4, levels=2, input=InputSpec(kind="dynamic", in_width=WIDTH, width=WIDTH)),
 }
 
@@ -45,11 +65,17 @@ LAYERS: dict[str, Spec] = {
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith(".index"):
         return torch.randint(0, 10, tensor.shape, generator=generator, dtype=torch.int32)
+    if name.endswith(".order"):
+        return torch.randperm(tensor.shape[0], generator=generator).to(tensor.dtype)
+    if name.endswith(".outliers.columns"):
+        return torch.randint(0, WIDTH, tensor.shape, generator=generator).to(tensor.dtype)
+    if name.endswith(".outliers.pointers"):
+        return torch.tensor([0, 0, 2, 2, 3, 3, 5], dtype=tensor.dtype)
     if name.endswith((".group_scale", ".group_zero")):
         low, high = (1, 17) if name.endswith("scale") else (-8, 8)
         return torch.randint(low, high, tensor.shape, generator=generator).to(tensor.dtype)
     if tensor.is_floating_point():
-        return torch.rand(tensor.shape, generator=generator) + 0.1
+        return (torch.rand(tensor.shape, generator=generator) + 0.1).to(tensor.dtype)
     return torch.randint(0, 100, tensor.shape, generator=generator).to(tensor.dtype)
 
 

@@ -15,7 +15,9 @@ from mergequant.errors import CheckpointError, VersionError
 from mergequant.nn import InputSpec, LinearSpec
 
 KEYS = "model.mergequant_kv.key_scale_"
+BOOKS = "model.layers.0.books"
 QKV, OUT, NORM, MLP, TWO = (f"model.layers.0.{name}" for name in ("attn.q_proj", "attn.o_proj", "norm", "mlp", "two"))
+SPARSE = "model.layers.0.sparse"
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_rule_2_when_method_is_another_points_to_transformers(folder: Path) -> N
 
 def test_rule_3_when_major_version_is_unknown_names_both(folder: Path) -> None:
     _edit_config(folder, lambda q: q.update(format_version="2.0"))
-    with pytest.raises(VersionError, match=r"2\.0.*1\.2"):
+    with pytest.raises(VersionError, match=r"2\.0.*1\.3"):
         open_checkpoint(folder)
 
 
@@ -192,7 +194,14 @@ def test_rule_9_when_shape_or_dtype_differs_names_both(name: str, tensor: torch.
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(f"{NORM}.index", 12), (f"{NORM}.index", -1), (f"{OUT}.input_quantizer.index", 10)]
+    ("name", "value"),
+    [
+        (f"{NORM}.index", 12),
+        (f"{NORM}.index", -1),
+        (f"{OUT}.input_quantizer.index", 10),
+        (f"{SPARSE}.outliers.columns", 12),
+        (f"{SPARSE}.order", 12),
+    ],
 )
 def test_rule_10_when_gather_index_is_out_of_range_names_it(name: str, value: int, folder: Path) -> None:
     _edit_tensors(folder, lambda tensors: tensors[name].__setitem__(3, value))
@@ -215,10 +224,31 @@ def test_rule_10_when_gather_index_is_out_of_range_names_it(name: str, value: in
         (f"{TWO}.group_scale", 17, r"\.\.17, outside"),
         (f"{TWO}.group_zero", -9, r"reaches -9\.\..*outside -8\.\.7"),
         (f"{TWO}.group_zero", 8, r"\.\.8, outside"),
+        (f"{SPARSE}.statistics", float("inf"), "not finite"),
+        (f"{SPARSE}.outliers.values", float("nan"), "not finite"),
     ],
 )
 def test_rule_11_when_values_make_no_sense_names_the_place(name: str, value: float, match: str, folder: Path) -> None:
     _edit_tensors(folder, lambda tensors: tensors[name].__setitem__(1, value))
+    _refused(folder, f"{name}.*{match}")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "match"),
+    [
+        (f"{BOOKS}.indices_0", torch.zeros(1, dtype=torch.int32), "its description needs"),
+        (f"{BOOKS}.book_1", torch.zeros(8, 4, 1), "its description needs"),
+        (f"{BOOKS}.book_0", torch.full((1, 12, 2), float("nan")).half(), "not finite"),
+        (f"{BOOKS}.order", torch.zeros(12, dtype=torch.int16), "names a column twice"),
+        (f"{BOOKS}.order", torch.arange(1, 13).to(torch.int16), r"reaches 1\.\.12"),
+        (f"{BOOKS}.outliers.columns", torch.full((5,), 12, dtype=torch.int16), r"12\.\.12"),
+        (f"{BOOKS}.outliers.pointers", torch.zeros(7, dtype=torch.int32), "end at 5"),
+    ],
+)
+def test_rules_9_to_11_when_codebooks_are_wrong_refuses(
+    name: str, tensor: torch.Tensor, match: str, folder: Path
+) -> None:
+    _edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
     _refused(folder, f"{name}.*{match}")
 
 
@@ -296,7 +326,7 @@ def test_expected_tensors_when_called_first_does_not_poison_rotations() -> None:
 def test_count_bits_when_figures_are_absent_counts_by_hand(folder: Path) -> None:
     counted = count_bits(folder)
     assert counted["bytes"] == (folder / "model.safetensors").stat().st_size
-    assert counted["linear_parameters"] == 2 * (10 * 12 + 12 * 10 + 12 + 6 * 12 + 6 * 12)
+    assert counted["linear_parameters"] == 2 * (10 * 12 + 12 * 10 + 12 + 4 * 6 * 12)
     assert counted["parameters"] == counted["linear_parameters"] + 2 * (12 + 15) + 7 * 12
     beside = [t for name, t in load_file(folder / "model.safetensors").items() if ".mergequant_" in name]
     payload = sum(tensor.numel() * tensor.element_size() for tensor in beside)
@@ -331,3 +361,15 @@ def test_model_card_when_written_names_recipe_results_and_prefix(folder: Path) -
         "base_model: tiny",
     ):
         assert part in text
+
+
+def test_rule_10_when_columns_have_16_bits_reads_the_upper_half_as_positive(folder: Path) -> None:
+    _edit_tensors(folder, lambda tensors: tensors[f"{SPARSE}.outliers.columns"].__setitem__(0, -1))
+    _refused(folder, r"outliers\.columns: gather index reaches .*65535")
+
+
+@pytest.mark.parametrize("pointers", [[1, 1, 2, 2, 3, 3, 5], [0, 2, 1, 2, 3, 3, 5], [0, 0, 2, 2, 3, 3, 6], [0] * 7])
+def test_rule_16_when_rows_of_outliers_make_no_sense_refuses(pointers: list[int], folder: Path) -> None:
+    made = torch.tensor(pointers, dtype=torch.int32)
+    _edit_tensors(folder, lambda tensors: tensors.update({f"{SPARSE}.outliers.pointers": made}))
+    _refused(folder, f"{SPARSE}.*must begin at 0, never fall and end at 5")

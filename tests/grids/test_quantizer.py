@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergequant.errors import UsageError
-from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, QTensor, Quantizer, fitting_group
+from mergequant.grids import AbsMax, ClipSearch, IntegerGrid, QTensor, Quantizer, ZeroTensor, fitting_group
 
 
 def rows(seed: int = 0, count: int = 9, width: int = 24, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -156,3 +156,37 @@ def test_bits_per_element_when_counted_expect_containers_and_scales(bits: int, g
 def test_fitting_group_expect_largest_divisor_or_a_whole_row(width: int, wanted: int, fits: int) -> None:
     assert fitting_group(width, wanted) == fits
     assert fits == 0 or width % fits == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("search", [AbsMax(), ClipSearch()])
+def test_encode_when_zeros_are_asked_for_expect_nearest_codes_and_zero_itself(
+    bits: int, search: AbsMax | ClipSearch
+) -> None:
+    values = rows() + rows(1).abs()
+    made = Quantizer(IntegerGrid(bits), 6, search, zeros=True).encode(values)
+    assert isinstance(made, ZeroTensor)
+    assert made.zero.dtype == torch.int8
+    grid = torch.arange(made.grid.low, made.grid.high + 1, dtype=torch.float64)
+    scale, zero = (part.double().repeat_interleave(6, 1) for part in (made.scale, made.zero))
+    best = (values.double()[..., None] - (grid - zero[..., None]) * scale[..., None]).abs().amin(-1)
+    assert bool(((values.double() - made.decode().double()).abs() <= best * (1 + 1e-6) + 1e-5 * scale).all())
+    assert bool((made.zero >= made.grid.low).all())
+    assert bool((made.zero <= made.grid.high).all())  # 0 is a value of the grid
+    again = Quantizer(made.grid, 6, search, zeros=True).encode(made.decode(), made.scale, made.zero)
+    assert torch.equal(again.codes, made.codes)
+    part = made.rows(2, 5)
+    assert torch.equal(part.decode(), made.decode()[2:5])
+
+
+def test_encode_when_values_have_one_sign_expect_zeros_to_halve_the_step() -> None:
+    values = rows().abs()
+    plain, shifted = (Quantizer(IntegerGrid(4), 8, AbsMax(), zeros) for zeros in (False, True))
+    assert bool((shifted.find_scale(values) < plain.find_scale(values) * 0.51)[rows().abs().amax(1) > 0].all())
+    error = [(quantizer.encode(values).decode() - values).square().sum() for quantizer in (plain, shifted)]
+    assert error[1] < 0.5 * error[0]
+
+
+def test_bits_when_there_are_zeros_expect_them_counted() -> None:
+    values = torch.randn(4, 256)
+    assert Quantizer(IntegerGrid(4), 64, zeros=True).encode(values).bits_per_element() == 4 + 40 / 64

@@ -69,7 +69,7 @@ def test_quantize_on_family_stores_steps_of_the_quantized_models_cache(
     states = seen_by_cache(loaded, drawn[-1], skip)
     heads, width = states[0][0].shape[1:]
     assert checkpoint.quantization.kv == KVSpec(2, heads, width, width)
-    assert checkpoint.quantization.format_version == "1.2"
+    assert checkpoint.quantization.format_version == "1.3"
     for layer, parts in enumerate(states):
         for part, sample in zip(("key", "value"), parts, strict=True):
             for bits in (8, 4):

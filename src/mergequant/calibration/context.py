@@ -1,6 +1,6 @@
 """What a step of a recipe works on: a block, and inside it one site at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from mergequant.calibration.store import ActivationStore
 from mergequant.errors import RecipeError, StructureError
 from mergequant.models import BiasedNorm, BlockStructure, NormRole, Producer, Site
 from mergequant.nn import QuantLinear
-from mergequant.solvers import GramSum, Solution
+from mergequant.solvers import CodebookSolution, GramSum, Solution
 from mergequant.transforms import FloatScheme, InputScheme, Kronecker
 
 __all__ = ["BlockContext", "SiteContext", "mix_values"]
@@ -38,6 +38,7 @@ class BlockContext:
         progress: called with a line of text now and then by steps that take long.
         held: multiplier and shift (each (width,)) that what a site's consumers read goes through, by the site's name:
             where nothing in front could take them up. The input quantizers of the consumers will hold them.
+        measured: what steps have measured on the whole float model beforehand, by their own names.
     """
 
     chain: Chain
@@ -47,6 +48,7 @@ class BlockContext:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     progress: Callable[[str], None] = field(default=lambda text: None)
     held: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def index(self) -> int:
@@ -296,7 +298,7 @@ class SiteContext:
     transform: Kronecker | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] | None = None
-    solutions: dict[str, Solution] = field(default_factory=dict)
+    solutions: Mapping[str, Solution | CodebookSolution] = field(default_factory=dict)
     _inputs: ActivationStore | None = None
     _roles: list[Role] = field(default_factory=list)
     _divisor: Tensor | None = None  # of the captured inputs

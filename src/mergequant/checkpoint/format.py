@@ -10,6 +10,7 @@ from torch import nn
 
 from mergequant.errors import CheckpointError, VersionError
 from mergequant.nn import (
+    CodebookSpec,
     InputSpec,
     KVScales,
     KVSpec,
@@ -17,6 +18,7 @@ from mergequant.nn import (
     NormSpec,
     PrefixSpec,
     PrefixStore,
+    SparseSpec,
     Spec,
     build_module,
     spec_from_dict,
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 QUANT_METHOD = "mergequant"
-FORMAT_VERSION = "1.2"  # 1.1 added the steps of a quantized cache, 1.2 new kinds of norms, inputs and weights
+FORMAT_VERSION = "1.3"  # 1.1 added steps of a quantized cache, 1.2 kinds of norms and inputs, 1.3 weight-only kinds
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -138,9 +140,12 @@ def expected_tensors(name: str, spec: Spec) -> dict[str, tuple[torch.dtype, tupl
 
 
 def gather_limits(name: str, spec: LinearSpec | NormSpec) -> dict[str, int]:
-    """Full name of the layer's gather index, if it has one, with the number of channels that it may point at."""
+    """Full names of what points at channels (gather index, order, columns of outliers), with the number of these."""
     if isinstance(spec, NormSpec):
         return {f"{name}.index": spec.channels} if spec.gathers else {}
+    if isinstance(spec, (CodebookSpec, SparseSpec)):
+        order = {f"{name}.order": spec.input.width} if spec.ordered else {}
+        return {**order, f"{name}.outliers.columns": spec.input.width} if spec.outliers else order
     source: InputSpec = spec.input
     gathers = source.kind in ("static", "dynamic") and source.gathers
     return {f"{name}.input_quantizer.index": source.in_width} if gathers else {}

@@ -24,6 +24,7 @@ from mergequant.checkpoint.format import (
 )
 from mergequant.checkpoint.tensorfile import Entry, TensorFile, read_header
 from mergequant.errors import CheckpointError
+from mergequant.grids.outliers import column_numbers
 from mergequant.grids.two_level import LARGEST_STEP
 from mergequant.nn import LinearSpec, NormSpec, Spec
 
@@ -32,6 +33,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 ADVICE = "fetch or write the checkpoint again"
 SHOWN = 4  # names listed in a message
 GROUP_BOUNDS = {".group_scale": (1, LARGEST_STEP), ".group_zero": (-8, 7)}  # of two-level weights
+CODES_NAME = re.compile(r"\.weight_codes$|\.indices_\d+$")  # any value is valid
+POINTERS, COLUMNS = ".outliers.pointers", ".outliers.columns"
 SCALE_NAME = re.compile(r"\.weight_scale$|\.(key|value)_scale_\d$")
 
 
@@ -201,10 +204,13 @@ class Checkpoint:
         for name, spec in self.quantization.layers.items():
             limits.update(gather_limits(name, spec))
         for header in self.files:
-            small = [name for name in header.entries if name in expected and not name.endswith(".weight_codes")]
+            small = [name for name in header.entries if name in expected and not CODES_NAME.search(name)]
             with safe_open(header.path, framework="pt") as file:
                 for name in small:
-                    _check_value(name, file.get_tensor(name), limits.get(name))
+                    value = file.get_tensor(name)
+                    _check_value(name, value, limits.get(name))
+                    if name.endswith(POINTERS):
+                        _check_pointers(name, value, expected[name.removesuffix(POINTERS) + COLUMNS][1][0])
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -242,11 +248,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _check_value(name: str, value: Tensor, limit: int | None) -> None:
     if limit is not None:
+        value = column_numbers(value) if value.dtype == torch.int16 else value
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= limit:
             raise CheckpointError(
                 f"{name}: gather index reaches {low}..{high}, outside the channels 0..{limit - 1}; {ADVICE}"
             )
+        if name.endswith(".order") and value.unique().numel() < limit:
+            raise CheckpointError(f"{name}: names a column twice and leaves out another; {ADVICE}")
         return
     bounds = next((known for end, known in GROUP_BOUNDS.items() if name.endswith(end)), None)
     if bounds is not None and not bounds[0] <= int(value.min()) <= int(value.max()) <= bounds[1]:
@@ -260,6 +269,15 @@ def _check_value(name: str, value: Tensor, limit: int | None) -> None:
     if SCALE_NAME.search(name) and not (value > 0).all():
         place = tuple((value <= 0).nonzero()[0].tolist())
         raise CheckpointError(f"{name}: scale at {place} is not positive; {ADVICE}")
+
+
+def _check_pointers(name: str, pointers: Tensor, count: int) -> None:
+    ends = int(pointers[0]), int(pointers[-1])
+    if ends != (0, count) or bool((pointers.diff() < 0).any()):
+        raise CheckpointError(
+            f"{name}: rows of outliers must begin at 0, never fall and end at {count}, not {ends[0]}..{ends[1]}; "
+            f"{ADVICE}"
+        )
 
 
 def _parent_named(name: str, module: str) -> str | None:

@@ -57,6 +57,12 @@ DEFAULT_RECIPE = "mergequant-w4a8"
     multiple=True,
     help="Change a parameter of the recipe (split=0) or of one step (clip.mode=none). May be repeated.",
 )
+@click.option(
+    "--average-bits",
+    type=float,
+    metavar="B",
+    help="Choose a width for every site, by what it costs, so that weights take B bits on average, scales included.",
+)
 @bos_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-resume", is_flag=True, help="Start anew, and replace a checkpoint of ours that is there.")
@@ -71,6 +77,7 @@ def quantize(
     seed: int,
     device: str,
     pairs: tuple[str, ...],
+    average_bits: float | None,
     bos: bool | None,
     dry_run: bool,
     no_resume: bool,
@@ -86,6 +93,8 @@ def quantize(
     output = Output(json_out)
     chosen = load_recipe(recipe)
     settings = parse_settings(pairs)
+    if average_bits is not None:
+        settings["average_bits"] = average_bits
     if settings:
         chosen = chosen.with_settings(settings)
     parse_data(data)  # a typo shows before the model is read

@@ -39,6 +39,15 @@ class IntegerGrid:
         """Largest code; a symmetric scale is absmax / high."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def reach(self) -> float:
+        """Value of the largest code; a symmetric scale is absmax / reach."""
+        return self.high
+
+    def value(self, codes: Tensor) -> Tensor:
+        """What codes stand for before they are scaled, in their floating dtype: themselves, on this grid."""
+        return codes
+
     def nearest(self, scaled: Tensor, finer: Tensor | None = None) -> Tensor:
         """Round values that are already divided by their scale to codes, kept in `scaled`'s floating dtype.
 

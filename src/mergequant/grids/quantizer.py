@@ -12,7 +12,7 @@ from mergequant.errors import UsageError
 from mergequant.grids.integer import IntegerGrid
 from mergequant.grids.packing import container_bits
 
-__all__ = ["AbsMax", "ClipSearch", "QTensor", "Quantizer", "fitting_group"]
+__all__ = ["AbsMax", "ClipSearch", "QTensor", "Quantizer", "ZeroTensor", "fitting_group"]
 
 SMALLEST_RANGE = 1e-35
 SMALLEST_SHARE = 4  # a group is not made smaller than this part of what was asked; then a row has one scale
@@ -76,7 +76,7 @@ class QTensor:
 
     def decode(self) -> Tensor:
         """Float values (rows, width) in the dtype of the scales."""
-        return decode(self.codes.to(self.scale.dtype), self.scale)
+        return decode(self.grid.value(self.codes.to(self.scale.dtype)), self.scale)
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Rows start..stop."""
@@ -89,6 +89,27 @@ class QTensor:
 
 
 @dataclass(frozen=True)
+class ZeroTensor(QTensor):
+    """Codes with scales and zero points: a value is (code - zero) * scale.
+
+    Attributes:
+        zero: the code that stands for 0 in each group (rows, groups), int8 and a code itself; or any number, float16.
+    """
+
+    zero: Tensor
+
+    def decode(self) -> Tensor:
+        return decode(self.codes.to(self.scale.dtype), self.scale, self.zero)
+
+    def rows(self, start: int, stop: int) -> "ZeroTensor":
+        own = slice(start, stop)
+        return ZeroTensor(self.codes[own], self.scale[own], self.grid, self.zero[own])
+
+    def bits_per_element(self) -> float:
+        return super().bits_per_element() + self.zero.numel() * self.zero.itemsize * 8 / self.codes.numel()
+
+
+@dataclass(frozen=True)
 class Quantizer:
     """How a matrix (rows, width) becomes integers: one scale per row, or per group of `group_size` along a row.
 
@@ -96,11 +117,14 @@ class Quantizer:
         grid: the integer grid.
         group_size: columns that share a scale; None = the whole row.
         range: `AbsMax()` or `ClipSearch(...)`.
+        zeros: an integer zero point for every scale: the grid reaches from a group's smallest value to its largest, 0
+            included, instead of to the largest magnitude on both sides.
     """
 
     grid: IntegerGrid
     group_size: int | None = None
     range: AbsMax | ClipSearch = AbsMax()
+    zeros: bool = False
 
     def groups(self, width: int) -> int:
         """Number of groups in a row of `width` columns.
@@ -116,34 +140,56 @@ class Quantizer:
 
     def find_scale(self, values: Tensor) -> Tensor:
         """Scales (rows, groups), float32, of a matrix (rows, width). Rows of zeros get scale 1."""
+        return self.find(values)[0]
+
+    def find(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `find_scale`, and the zero points, int8 (rows, groups); None without `zeros`."""
         groups = self.groups(values.shape[1])
         grouped = values.float().reshape(values.shape[0], groups, -1)
-        absmax = grouped.abs().amax(-1)
+        low = grouped.amin(-1).clamp_max(0)
+        reach, steps = grouped.abs().amax(-1), self.grid.reach
+        if self.zeros:
+            reach, steps = grouped.amax(-1).clamp_min(0) - low, self.grid.high - self.grid.low
         # Below SMALLEST_RANGE a scale would lose its digits or vanish; such a row is zero for all purposes.
-        absmax = torch.where(absmax > SMALLEST_RANGE, absmax, torch.full_like(absmax, float(self.grid.high)))
+        reach = torch.where(reach > SMALLEST_RANGE, reach, torch.full_like(reach, float(steps)))
+        best_scale, best_loss = reach / steps, torch.full_like(reach, torch.inf)
+        zero = self.grid.nearest(self.grid.low - low / best_scale) if self.zeros else None  # for any fraction
+        whole = None if zero is None else zero.to(torch.int8)
         if isinstance(self.range, AbsMax):
-            return absmax / self.grid.high
-        best_scale, best_loss = absmax / self.grid.high, torch.full_like(absmax, torch.inf)
+            return best_scale, whole
         for fraction in self.range.fractions():
-            scale = absmax * fraction / self.grid.high  # in this order: a fraction of 1 is `AbsMax` to the last bit
-            error = self.grid.nearest(grouped / scale[..., None]).mul_(scale[..., None]).sub_(grouped).abs_()
+            scale = reach * fraction / steps  # in this order: a fraction of 1 is `AbsMax` to the last bit
+            nearest = self.grid.value(
+                nearest_code(self.grid, grouped / scale[..., None], None if zero is None else zero[..., None])
+            )
+            error = nearest.mul_(scale[..., None]).sub_(grouped).abs_()
             loss = _sum_of_powers(error, self.range.norm)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_scale = torch.where(better, scale, best_scale)
-        return best_scale
+        return best_scale, whole
 
-    def encode(self, values: Tensor, scale: Tensor | None = None) -> QTensor:
-        """Quantize a matrix (rows, width); `scale` (rows, groups) is found when it is not given."""
-        scale = self.find_scale(values) if scale is None else scale
-        grouped = values.reshape(values.shape[0], scale.shape[1], -1).to(scale.dtype)
-        codes = self.grid.nearest(grouped / scale[..., None])
-        return QTensor(codes.reshape(values.shape).to(torch.int8), scale, self.grid)
+    def encode(self, values: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> QTensor:
+        """Quantize a matrix (rows, width); `scale` and `zero` (rows, groups) are found when no scale is given."""
+        if scale is None:
+            scale, zero = self.find(values)
+        grouped = values.reshape(values.shape[0], scale.shape[1], -1).to(scale.dtype) / scale[..., None]
+        if zero is None:
+            return QTensor(self.grid.nearest(grouped).reshape(values.shape).to(torch.int8), scale, self.grid)
+        codes = self.grid.nearest(grouped + zero[..., None])
+        return ZeroTensor(codes.reshape(values.shape).to(torch.int8), scale, self.grid, zero)
 
 
-def decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """Float values of float codes (rows, width) with scales (rows, groups)."""
+def nearest_code(grid: IntegerGrid, scaled: Tensor, zero: Tensor | None) -> Tensor:
+    """Nearest code less its zero point, as floats, of values that are divided by their scale."""
+    return grid.nearest(scaled) if zero is None else grid.nearest(scaled + zero).sub_(zero)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Float values of float codes (rows, width) with scales, and zero points if there are any (rows, groups)."""
     grouped = codes.reshape(codes.shape[0], scale.shape[1], -1)
+    if zero is not None:
+        grouped = grouped - zero[..., None].to(scale.dtype)
     return (grouped * scale[..., None]).reshape(codes.shape)
 
 

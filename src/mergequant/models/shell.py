@@ -308,6 +308,15 @@ class ModelShell:
             raise StructureError(f"{type(self.model).__name__} returns {', '.join(found)}, but no logits.")
         return found["logits"]
 
+    def loss_gradient(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Gradient (B, T, width) of the mean next-token cross entropy by the hidden states behind the last block."""
+        with torch.enable_grad():
+            leaving = hidden.detach().requires_grad_()
+            logits = self._pass_through(input_ids, leaving=leaving)[0]["logits"][:, :-1].float()
+            targets = input_ids[:, 1:].to(logits.device)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return torch.autograd.grad(loss, leaving)[0]
+
     @torch.no_grad()
     def final_hidden(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What the module that owns the blocks returns (B, T, channels) when `hidden` leaves its last block.

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from mergequant import ops
 from mergequant.errors import CheckpointError, KernelError
-from mergequant.grids import container_bits, pack_codes, packed_width, unpack_codes
+from mergequant.grids import IntegerGrid, PowerGrid, container_bits, pack_codes, packed_width, unpack_codes
+from mergequant.grids.across import decode_across
+from mergequant.grids.bitstream import pack_stream, stream_width, unpack_stream
+from mergequant.grids.power import SQUARES
 from mergequant.grids.quantizer import decode
 from mergequant.grids.two_level import fine_codes, middle_codes
 from mergequant.nn.base import QuantModule
@@ -96,11 +99,14 @@ class QuantLinear(QuantModule):
     """A linear layer on integer codes.
 
     Buffers:
-        weight_codes: uint8 (outputs, width / 2) for up to 4 bits, else int8 (outputs, width). After `adopt` it is no
+        weight_codes: uint8 (outputs, width / 2) for up to 4 bits, else int8 (outputs, width); `spec.dense` packs them
+            without a gap, uint8 (outputs, stream_width). After `adopt` it is no
             buffer but a copy made on demand: to be read, writing into it changes nothing.
-        weight_scale: float32 (outputs,), or (outputs, groups) with groups. A static input step is already inside. With
+        weight_scale: float32 (outputs,), or (outputs, groups) with groups, or (outputs / group_size, width) with groups
+            across the rows. A static input step is already inside. With
             two levels it is (outputs,).
         group_scale, group_zero: uint8 and int8 (outputs, groups), only with two levels (`grids/two_level.py`).
+        weight_zero: int8 or float16, shaped like weight_scale, only if `spec.zeros`: a weight is (code - zero) * scale.
         bias: float32 (outputs,), optional.
 
     A CPU multiplies prepared weights (`ops.prepare_weight`), a GPU tiled ones (`ops.tile_weight`) if the output has 16
@@ -110,6 +116,7 @@ class QuantLinear(QuantModule):
     weight_scale: Tensor
     group_scale: Tensor | None
     group_zero: Tensor | None
+    weight_zero: Tensor | None
     bias: Tensor | None
 
     def __init__(self, spec: LinearSpec) -> None:
@@ -117,15 +124,16 @@ class QuantLinear(QuantModule):
         self.spec = spec
         self._adopted: TiledRows | None = None
         self._derived: tuple[Tensor, int, Any] | None = None
-        _check_rotation(spec.input)
-        width = packed_width(spec.input.width, spec.weight_bits)
-        dtype = torch.uint8 if container_bits(spec.weight_bits) == 4 else torch.int8
-        groups = (spec.groups,) if spec.group_size and spec.levels == 1 else ()
-        self.register_buffer(CODES, torch.zeros(spec.outputs, width, dtype=dtype))
-        self.register_buffer("weight_scale", torch.ones((spec.outputs, *groups), dtype=torch.float32))
+        check_rotation(spec.input)
+        narrow = spec.dense or container_bits(spec.weight_bits) == 4
+        width = (stream_width if spec.dense else packed_width)(spec.input.width, spec.weight_bits)
+        self.register_buffer(CODES, torch.zeros(spec.outputs, width, dtype=torch.uint8 if narrow else torch.int8))
+        self.register_buffer("weight_scale", torch.ones(spec.scale_shape, dtype=torch.float32))
         grouped, levels = (spec.outputs, spec.groups), spec.levels
         self.register_buffer("group_scale", torch.ones(grouped, dtype=torch.uint8) if levels == 2 else None)
         self.register_buffer("group_zero", torch.zeros(grouped, dtype=torch.int8) if levels == 2 else None)
+        zero = torch.zeros(spec.scale_shape, dtype=torch.int8 if spec.zeros == "integer" else torch.float16)
+        self.register_buffer("weight_zero", None if spec.zeros == "none" else zero)
         self.register_buffer("bias", torch.zeros(spec.outputs, dtype=torch.float32) if spec.bias else None)
         self.input_quantizer: InputQuantizer | None = None
         if spec.input.kind in ("static", "dynamic") or spec.input.per_channel:
@@ -152,11 +160,22 @@ class QuantLinear(QuantModule):
         codes = self._adopted.codes()
         if self.group_scale is not None and self.group_zero is not None:
             codes = fine_codes(codes, self.group_scale, self.group_zero)
-        return pack_codes(codes, self.spec.weight_bits)
+        if self.spec.exponent != 1:
+            codes = torch.where(codes < 0, -1, 1).to(torch.int8) * codes.abs().float().sqrt().to(torch.int8)  # exact
+        return self.pack(codes)
 
     @weight_codes.setter
     def weight_codes(self, value: Tensor) -> None:  # buffers are set by nn.Module and do not come here
         raise KernelError(f"weight_codes cannot be set: {SHARED}")
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes (outputs, width) as this layer stores them."""
+        bits = self.spec.weight_bits
+        return (
+            pack_stream(codes.to(torch.int32) - IntegerGrid(bits).low, bits)
+            if self.spec.dense
+            else pack_codes(codes, bits)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Codes (from a QuantNorm) or float hidden states (..., in_width) to (..., outputs) in the model's dtype."""
@@ -171,7 +190,8 @@ class QuantLinear(QuantModule):
         kernels = codes.is_cuda and eager and out_dtype in TILED_DTYPES and codes.shape[-1] <= LARGEST_WIDTH
         if kernels or self._shared is not None:
             return self._tiled(codes, token_scale, out_dtype)
-        packed = self.weight_codes
+        stored = not self.spec.dense and self.spec.exponent == 1
+        packed = self.weight_codes if stored else self.integer_weight()
         if self.group_scale is not None and self.group_zero is not None:
             groups = self.group_scale, self.group_zero
             return ops.two_level_linear(codes, packed, *groups, self.weight_scale, token_scale, self.bias, out_dtype)
@@ -203,11 +223,27 @@ class QuantLinear(QuantModule):
         self._adopted, self._derived = shared, None
 
     def decoded_weight(self) -> Tensor:
-        """Weight (outputs, width) in float32, as the integer GEMM sees it: codes times scales."""
-        return decode(self.integer_weight().float(), self.weight_scale.reshape(self.spec.outputs, -1))
+        """Weight (outputs, width) in float32, as the integer GEMM sees it: codes, less zero points, times scales."""
+        spec, rows = self.spec, self.spec.outputs
+        if spec.exponent not in (1, SQUARES):
+            values = PowerGrid(spec.weight_bits, spec.exponent).value(self._codes().float())
+        else:
+            values = self.integer_weight().float()
+        if spec.across:
+            return decode_across(values, self.weight_scale, self.weight_zero)
+        zero = None if self.weight_zero is None else self.weight_zero.reshape(rows, -1)
+        return decode(values, self.weight_scale.reshape(rows, -1), zero)
 
     def scale_rows(self, factor: Tensor, start: int, stop: int) -> None:
-        """Multiply the outputs start..stop by a factor each: exact, since only the epilogue changes."""
+        """Multiply the outputs start..stop by a factor each: exact, since only the epilogue changes.
+
+        Raises:
+            KernelError: outputs share scales.
+        """
+        if self.spec.across:
+            raise KernelError(
+                "outputs that share scales cannot be scaled one by one; scale them before they are rounded"
+            )
         factor = factor.to(self.weight_scale)
         rows = self.weight_scale[start:stop]
         rows.mul_(factor if rows.dim() == 1 else factor[:, None])
@@ -215,12 +251,15 @@ class QuantLinear(QuantModule):
             self.bias[start:stop].mul_(factor)
 
     def _weight_only(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
-            x = self.input_quantizer.scaled(x).to(x.dtype)
-        if self.spec.input.rotation:
-            x = ops.hadamard_transform(x).to(x.dtype)
+        x = self._prepared(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.decoded_weight().to(x.dtype), bias)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """A float input as the weight-only product takes it: scaled per channel and rotated, where the spec says so."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer.scaled(x).to(x.dtype)
+        return ops.hadamard_transform(x).to(x.dtype) if self.spec.input.rotation else x
 
     def _tiled(self, codes: Tensor, token_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         if self._shared is not None:
@@ -235,7 +274,7 @@ class QuantLinear(QuantModule):
         return self._adopted if self._buffers.get(CODES) is None else None
 
     def integer_weight(self) -> Tensor:
-        """The weight as the integer GEMM multiplies it, int8 (outputs, width): the codes, or the middle of two levels.
+        """The weight as the integer GEMM multiplies it, int8 (outputs, width): codes, squares, or a middle level.
 
         Raises:
             KernelError: two levels whose middle no int8 holds.
@@ -243,10 +282,19 @@ class QuantLinear(QuantModule):
         shared = self._shared
         if shared is not None:
             return shared.codes()
-        codes = unpack_codes(self.weight_codes, self.spec.weight_bits)
+        codes = self._codes()
+        if self.spec.exponent == SQUARES:
+            return codes * codes.abs()
         if self.group_scale is None or self.group_zero is None:
             return codes
         return middle_codes(codes, self.group_scale, self.group_zero)
+
+    def _codes(self) -> Tensor:
+        spec = self.spec
+        if not spec.dense:
+            return unpack_codes(self.weight_codes, spec.weight_bits)
+        codes = unpack_stream(self.weight_codes, spec.input.width, spec.weight_bits)
+        return (codes + IntegerGrid(spec.weight_bits).low).to(torch.int8)
 
     def _made(self, make: Callable[[Tensor], Made]) -> Made:
         """What `make` makes of the weight, int8 (outputs, width): kept, and made anew when the weight has changed.
@@ -290,10 +338,13 @@ class QuantLinear(QuantModule):
         spec = self.spec
         groups = f", groups of {spec.group_size}" if spec.group_size else ""
         groups += ", two levels" if spec.levels == 2 else ""
+        groups += " across" if spec.across else ""
+        groups += "" if spec.exponent == 1 else f", exponent {spec.exponent:.3g}"
+        groups += "" if spec.zeros == "none" else f", {spec.zeros} zeros"
         return f"{spec.input.width} -> {spec.outputs}, int{spec.weight_bits}{groups}, input {spec.input.kind}"
 
 
-def _check_rotation(spec: InputSpec) -> None:
+def check_rotation(spec: InputSpec) -> None:
     if spec.rotation and spec.rotation != ops.rotation(spec.in_width).name:
         raise CheckpointError(
             f"the checkpoint rotates {spec.in_width} channels by {spec.rotation!r}, this release by "

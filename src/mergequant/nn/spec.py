@@ -6,17 +6,34 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from mergequant.errors import CheckpointError
+from mergequant.grids.codebook import LARGEST_INDEX_BITS
 from mergequant.grids.integer import SUPPORTED_BITS
+from mergequant.grids.outliers import LARGEST_OUTLIER_WIDTH
 from mergequant.grids.packing import container_bits
+from mergequant.grids.power import LARGEST_EXPONENT, SMALLEST_EXPONENT, SQUARES
+from mergequant.grids.second_level import MOST_STATISTIC_BITS
 from mergequant.grids.two_level import TWO_LEVEL_BITS
 
-__all__ = ["FLOAT_BITS", "InputSpec", "KVSpec", "LinearSpec", "NormSpec", "PrefixSpec", "Spec", "spec_from_dict"]
+__all__ = [
+    "FLOAT_BITS",
+    "CodebookSpec",
+    "InputSpec",
+    "KVSpec",
+    "LinearSpec",
+    "NormSpec",
+    "PartSpec",
+    "PrefixSpec",
+    "SparseSpec",
+    "Spec",
+    "spec_from_dict",
+]
 
 InputKind = Literal["codes", "static", "dynamic", "float"]
 NormKind = Literal["rms", "layer"]
+ZeroKind = Literal["none", "integer", "float"]
 
 FLOAT_BITS = 16  # of a norm that gives floats
 LARGEST_WHOLE = 1 << 53  # whole numbers up to here are exact in a float
@@ -33,6 +50,8 @@ class Spec:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
+            if isinstance(value, tuple) and value and isinstance(value[0], Spec):
+                value = [item.to_dict() for item in value]
             out[field.name] = value.to_dict() if isinstance(value, Spec) else value
         return out
 
@@ -142,6 +161,12 @@ class LinearSpec(Spec):
 
     `group_size` columns share a weight scale; 0 = one scale per row. Only float inputs may use groups, unless weights
     have two `levels`: then rows have a scale, and groups (0 = one for the row) an integer step and an integer zero.
+    `zeros`: every weight scale has a zero point, an integer (int8) or any number (float16): for float inputs only, as
+    an integer GEMM would need the sums of its inputs, too.
+    `across`: `group_size` outputs of one column share a scale, instead of columns of one row (`grids/across.py`).
+    `exponent`: a code c stands for sign(c) |c|^(1/exponent) (`grids/power.py`); of 1/2 these are integers, which an
+    integer GEMM multiplies; others are for float inputs.
+    `dense`: a code takes `weight_bits` bits in its row (`grids/bitstream.py`), not 4 or 8.
     """
 
     outputs: int
@@ -150,11 +175,22 @@ class LinearSpec(Spec):
     group_size: int = 0
     bias: bool = False
     levels: int = 1
+    zeros: ZeroKind = "none"
+    across: bool = False
+    exponent: float = 1.0
+    dense: bool = False
 
     @property
     def gemm_bits(self) -> int:
         """Bits of a weight as the integer GEMM takes it: 4 or 8."""
-        return 8 if self.levels == 2 else container_bits(self.weight_bits)
+        return 8 if self.levels == 2 or self.exponent != 1 else container_bits(self.weight_bits)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the weight's scales, and of its zero points."""
+        if self.across:
+            return self.outputs // self.group_size, self.input.width
+        return (self.outputs, self.groups) if self.group_size and self.levels == 1 else (self.outputs,)
 
     @property
     def groups(self) -> int:
@@ -164,14 +200,131 @@ class LinearSpec(Spec):
     def validate(self, where: str) -> None:
         if self.outputs < 1 or self.weight_bits not in SUPPORTED_BITS:
             raise CheckpointError(f"{where}: outputs must be positive and weight_bits one of {SUPPORTED_BITS}")
-        if self.group_size and (self.group_size < 0 or self.input.width % self.group_size):
+        grouped = self.outputs if self.across else self.input.width
+        if self.across and (self.group_size < 1 or self.outputs % self.group_size or self.levels == 2):
+            raise CheckpointError(
+                f"{where}: across needs a group_size that divides {self.outputs} outputs, and one level"
+            )
+        if self.group_size and (self.group_size < 0 or grouped % self.group_size):
             raise CheckpointError(f"{where}: group_size {self.group_size} does not divide {self.input.width} columns")
         if self.levels not in (1, 2) or (self.levels == 2 and self.weight_bits != TWO_LEVEL_BITS):
             raise CheckpointError(f"{where}: levels must be 1, or 2 with weights of {TWO_LEVEL_BITS} bits")
         if self.group_size and self.input.kind != "float" and self.levels == 1:
             raise CheckpointError(f"{where}: groups along the reduction axis need float inputs, not {self.input.kind}")
-        if self.weight_bits <= 4 and self.input.width % 2:
+        if self.zeros != "none" and (self.input.kind != "float" or self.levels == 2):
+            raise CheckpointError(f"{where}: zeros need float inputs, not {self.input.kind}, and one level")
+        if self.exponent != 1:
+            self._validate_power(where)
+        if self.dense and self.levels == 2:
+            raise CheckpointError(f"{where}: dense belongs to weights of one level")
+        if self.weight_bits <= 4 and self.input.width % 2 and not self.dense:
             raise CheckpointError(f"{where}: {self.input.width} columns of {self.weight_bits} bits do not fill bytes")
+
+    def _validate_power(self, where: str) -> None:
+        if not SMALLEST_EXPONENT <= self.exponent <= LARGEST_EXPONENT:
+            raise CheckpointError(f"{where}: exponent {self.exponent} is not {SMALLEST_EXPONENT}..{LARGEST_EXPONENT}")
+        if self.zeros != "none" or self.levels == 2:
+            raise CheckpointError(f"{where}: powers know neither zero points nor two levels")
+        if self.input.kind != "float" and (self.exponent != SQUARES or self.weight_bits > 4):
+            raise CheckpointError(
+                f"{where}: integer inputs take weights of 4 bits with exponent {SQUARES}: int8 squares"
+            )
+
+
+@dataclass(frozen=True)
+class PartSpec(Spec):
+    """Consecutive columns of a weight in codebooks (`grids/codebook.py`).
+
+    Attributes:
+        columns: how many.
+        vector: outputs that one index stands for.
+        bits: width of an index; a book has 2^bits entries.
+        residual_bits: width of a second index, whose entry is added; 0 = none.
+        groups: books, one for each of as many equal runs of columns.
+    """
+
+    columns: int
+    vector: int
+    bits: int
+    residual_bits: int = 0
+    groups: int = 1
+
+    @property
+    def entries(self) -> int:
+        """Entries of a book, those of the residual behind the others."""
+        return (1 << self.bits) + (1 << self.residual_bits if self.residual_bits else 0)
+
+    def validate(self, where: str) -> None:
+        if min(self.columns, self.vector, self.bits, self.groups) < 1 or self.columns % self.groups:
+            raise CheckpointError(f"{where}: columns, vector, bits and groups are positive, and groups divide columns")
+        if self.bits > LARGEST_INDEX_BITS or not 0 <= self.residual_bits <= LARGEST_INDEX_BITS:
+            raise CheckpointError(f"{where}: indices have at most {LARGEST_INDEX_BITS} bits")
+
+
+@dataclass(frozen=True)
+class CodebookSpec(LinearSpec):
+    """A linear layer whose weight is stored as indices into books of vectors; its input stays in floating point.
+
+    `parts` hold all columns, one after the other; with `ordered` in an order that is stored. To them `outliers` single
+    values are added. The fields of integer weights keep their defaults.
+    """
+
+    parts: tuple[PartSpec, ...] = ()
+    ordered: bool = False
+    outliers: int = 0
+
+    def validate(self, where: str) -> None:
+        if self.outputs < 1 or self.outliers < 0 or self.input.kind != "float":
+            raise CheckpointError(f"{where}: codebooks need outputs and float inputs, not {self.input.kind}")
+        for field in dataclasses.fields(LinearSpec):
+            known = field.default is dataclasses.MISSING or field.name == "bias"
+            if not known and getattr(self, field.name) != field.default:
+                raise CheckpointError(f"{where}: {field.name} belongs to integer weights, not to codebooks")
+        if (self.ordered or self.outliers) and self.input.width > LARGEST_OUTLIER_WIDTH:
+            raise CheckpointError(f"{where}: numbers of {self.input.width} columns have more than 16 bits")
+        columns = sum(part.columns for part in self.parts)
+        if columns != self.input.width:
+            raise CheckpointError(f"{where}: parts of {columns} columns make no weight of {self.input.width}")
+
+
+@dataclass(frozen=True)
+class SparseSpec(LinearSpec):
+    """A weight-only linear layer in groups, with outliers that are added to them; codes are rows of bits.
+
+    Attributes:
+        outliers: values that are added, or whole columns of them; always written, since it tells the kind of layer.
+        whole_columns: outliers are whole columns.
+        tile: neighbouring rows that share second-level grids of scales and zeros; 0 = both are stored in 16 bits.
+        statistic_bits: bits of the codes on these grids.
+        ordered: columns are stored in another order than that of the channels.
+    """
+
+    outliers: int = dataclasses.field(kw_only=True)
+    whole_columns: bool = False
+    tile: int = 0
+    statistic_bits: int = 3
+    ordered: bool = False
+
+    def validate(self, where: str) -> None:
+        width, size = self.input.width, self.group_size
+        if self.outputs < 1 or self.weight_bits not in SUPPORTED_BITS or self.input.kind != "float":
+            raise CheckpointError(
+                f"{where}: outliers need outputs, weight_bits of {SUPPORTED_BITS}, and float inputs, not "
+                f"{self.input.kind}"
+            )
+        if size < 0 or (size and width % size):
+            raise CheckpointError(f"{where}: group_size {size} does not divide {width} columns")
+        if self.levels != 1 or self.across or self.exponent != 1 or self.dense or self.zeros == "integer":
+            raise CheckpointError(
+                f"{where}: outliers go with one level of even steps along rows and with zeros of 16 bits"
+            )
+        if self.tile < 0 or (self.tile and self.zeros != "float"):
+            raise CheckpointError(f"{where}: tile {self.tile} is negative, or lacks zeros to quantize")
+        if not 2 <= self.statistic_bits <= MOST_STATISTIC_BITS:
+            raise CheckpointError(f"{where}: statistic_bits {self.statistic_bits} is not 2..{MOST_STATISTIC_BITS}")
+        most = width if self.whole_columns else self.outputs * width
+        if not 0 <= self.outliers <= most or width > LARGEST_OUTLIER_WIDTH:
+            raise CheckpointError(f"{where}: {self.outliers} outliers do not fit {self.outputs} x {width} weights")
 
 
 @dataclass(frozen=True)
@@ -254,6 +407,10 @@ def spec_from_dict(data: Any, where: str) -> LinearSpec | NormSpec:
     """
     if isinstance(data, dict) and "norm" in data:
         return NormSpec.from_dict(data, where)
+    if isinstance(data, dict) and "parts" in data:
+        return CodebookSpec.from_dict(data, where)
+    if isinstance(data, dict) and "outliers" in data:
+        return SparseSpec.from_dict(data, where)
     return LinearSpec.from_dict(data, where)
 
 
@@ -264,6 +421,10 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)) or not all(type(item) is int and item >= 0 for item in value):
             raise CheckpointError(f"{where}: expected a list of whole numbers, found {value!r}")
         return tuple(value)
+    if get_origin(hint) is tuple and issubclass(get_args(hint)[0], Spec):
+        if not isinstance(value, (list, tuple)) or not value:
+            raise CheckpointError(f"{where}: expected a list of descriptions, found {value!r}")
+        return tuple(get_args(hint)[0].from_dict(item, f"{where}.{i}") for i, item in enumerate(value))
     choices = get_args(hint)
     if choices:
         if value not in choices:

@@ -1,6 +1,7 @@
 """Ops: one computation of the run time each, with a plain torch reference, registered with `torch.library`."""
 
 from mergequant.ops.add_norm import add_rmsnorm, add_rmsnorm_quant
+from mergequant.ops.codebook_linear import codebook_linear, codebook_weight
 from mergequant.ops.cpu_linear import PreparedWeight, cpu_backend, prepare_weight, prepared_linear
 from mergequant.ops.dynamic_quant import dynamic_quant
 from mergequant.ops.explain import ARCHITECTURES, Choice, explain
@@ -16,6 +17,7 @@ from mergequant.ops.norm_quant import layernorm_quant, rmsnorm_quant
 from mergequant.ops.overlap import overlapping
 from mergequant.ops.reassemble import reassemble
 from mergequant.ops.silu_mul import silu_mul, silu_mul_dynamic_quant, silu_mul_quant
+from mergequant.ops.sparse_dense_linear import decode_sparse, sparse_dense_linear
 from mergequant.ops.static_quant import quantize_scaled, static_quant
 from mergequant.ops.tiled_linear import tiled_linear, tiled_swiglu_quant
 from mergequant.ops.tiles import interleave_rows, tile_weight, untile_weight
@@ -29,7 +31,10 @@ __all__ = [
     "add_rmsnorm",
     "add_rmsnorm_quant",
     "backend",
+    "codebook_linear",
+    "codebook_weight",
     "cpu_backend",
+    "decode_sparse",
     "dynamic_quant",
     "explain",
     "hadamard_dynamic_quant",
@@ -56,6 +61,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_dynamic_quant",
     "silu_mul_quant",
+    "sparse_dense_linear",
     "static_quant",
     "tile_weight",
     "tiled_linear",

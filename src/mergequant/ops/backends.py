@@ -45,7 +45,7 @@ ELEMENTWISE_OPS = (
     "silu_mul_quant",
     "silu_mul_dynamic_quant",
 )
-TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read")
+TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read", "codebook_linear", "sparse_dense_linear")
 KERNEL_OPS = ("tiled_linear", "tiled_swiglu_quant", "kv_append", "kv_attention")
 BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNEL_OPS, ("cuda", "triton", "torch")),
@@ -53,6 +53,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ELEMENTWISE_OPS, ("triton", "cuda", "torch")),
     **dict.fromkeys(TRITON_OPS, ("triton", "torch")),
     "hadamard_transform": ("torch",),
+    "codebook_weight": ("torch",),
     "kronecker_transform": ("torch",),
     "kronecker_dynamic_quant": ("torch",),
     "int4_linear": ("torch",),

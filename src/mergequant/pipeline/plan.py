@@ -10,12 +10,15 @@ from mergequant.models import BlockStructure, ModelShell
 from mergequant.pipeline.blocks import outside_tensors
 from mergequant.recipes import Recipe
 from mergequant.steps import (
+    AllocateBits,
     Flatten,
     MixHeads,
     Ranges,
     Reassemble,
     Rotate,
     Round,
+    RoundCodebooks,
+    RoundSparse,
     SiteStep,
     Step,
     TensorInput,
@@ -92,8 +95,9 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     widest = 0
     work = 0.0
     tokens = windows * seqlen
-    rounding = [step for step in recipe.steps if isinstance(step, Round)]
+    rounding = [step for step in recipe.steps if isinstance(step, (Round, RoundCodebooks))]
     whole = [step for step in recipe.steps if isinstance(step, Flatten)]
+    budget = [step for step in recipe.steps if isinstance(step, AllocateBits)]
     for index, structure in enumerate(structures):
         block = shell.block_names[index]
         shapes = shell.block_parameters(index)
@@ -102,7 +106,7 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
             acting = [step for step in recipe.steps if isinstance(step, SiteStep) and step.applies_to(site)]
             linears = {name: shapes[f"{name}.weight"] for name in site.consumers}
             names = tuple(step.name for step in acting)
-            scheme = _weight_scheme(acting, site.width), _input_scheme([*whole, *acting])
+            scheme = _weight_scheme([*budget, *acting], site.width), _input_scheme([*whole, *acting])
             sites.append(SitePlan(block, site.name, site.kind, linears, names, *scheme, site.producer is not None))
             if not any(step.applies_to(site) for step in rounding):
                 kept |= {f"{block}.{name}": "no rounding step acts on its site" for name in linears}
@@ -119,7 +123,8 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     logits = WORKING_COPIES * seqlen * shell.vocabulary
     peak = FLOAT32 * (outside + 3 * largest_block + activations + logits) + FLOAT64 * WORKING_COPIES * widest**2
     peak += PROCESS_BYTES
-    bits = max((step.bits for step in rounding), default=16)
+    bits = max((step.bits if isinstance(step, Round) else step.bits_per_weight for step in rounding), default=16)
+    bits = max((step.average_bits for step in budget), default=bits)
     stored = linear_parameters * (bits / 8 + 0.02) + (outside + in_blocks - linear_parameters) * 2
     backends = tuple(choice for name in (None, "sm_80", "sm_89", "sm_90") for choice in ops.explain(name))
     return Plan(
@@ -135,17 +140,23 @@ def make_plan(shell: ModelShell, structures: list[BlockStructure], recipe: Recip
     )
 
 
-def _weight_scheme(acting: Sequence[SiteStep], width: int) -> str:
-    last = next((step for step in reversed(acting) if isinstance(step, Round)), None)
+def _weight_scheme(acting: Sequence[Step], width: int) -> str:
+    last = next((step for step in reversed(acting) if isinstance(step, (Round, RoundCodebooks))), None)
     if last is None:
         return "float"
+    if isinstance(last, RoundCodebooks):
+        return last.scheme
     group = last.group_of(width)
     level = " in int8 per row" if last.levels == 2 else ""
-    return f"int{last.bits} {f'groups of {group}' if group else 'per row'}{level}, {last.method}"
+    level += " with zeros" if last.zeros else ""
+    level += " beside outliers" if isinstance(last, RoundSparse) and last.chosen_by != "none" else ""
+    budget = next((step.average_bits for step in acting if isinstance(step, AllocateBits)), None)
+    codes = f"int{last.bits}" if budget is None else f"integers of {budget:g} bits on average,"
+    return f"{codes} {f'groups of {group}' if group else 'per row'}{level}, {last.method}"
 
 
 def _input_scheme(acting: Sequence[Step]) -> str:
-    if not any(isinstance(step, Round) for step in acting):
+    if not any(isinstance(step, (Round, RoundCodebooks)) for step in acting):
         return "float"
     words = ["Hadamard"] if any(isinstance(step, Rotate) for step in acting) else []
     words += ["Hadamard across heads"] if any(isinstance(step, MixHeads) for step in acting) else []

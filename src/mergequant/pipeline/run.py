@@ -59,7 +59,7 @@ from mergequant.pipeline.prefix import choose_prefix
 from mergequant.pipeline.tokenizer import NoTokenizer, bos_of, find_tokenizer, tokenizer_files
 from mergequant.pipeline.verify import verify_checkpoint
 from mergequant.recipes import Recipe, load_recipe
-from mergequant.steps import LearningStep, ModelStep
+from mergequant.steps import LearningStep, MeasuringStep, ModelStep
 
 __all__ = ["Quantized", "Reporter", "Silent", "code_digest", "plan", "quantize"]
 
@@ -270,12 +270,12 @@ class _Job:
 def _make(job: _Job, writer: CheckpointWriter) -> None:
     """Blocks, tail, config; the result is verified before it appears."""
     shell = job.shell
-    _learn(job, writer)
+    measured = _learn(job, writer)
     kept_apart = Chunk(job.held_out.tokens[:VERIFY_WINDOWS], "verify")
     chunks = [*chunked(job.windows.tokens, "calibration"), *chunked(job.held_out.tokens, "held_out"), kept_apart]
     chain = Chain(shell, chunks, job.policy, job.prefix)
     companion = FloatCompanion(shell, job.held_out.tokens, job.policy)
-    collected = _run_blocks(job, writer, chain, companion)
+    collected = _run_blocks(job, writer, chain, companion, measured)
     collected["held_out"] = companion.compare(chain)
     companion.close()
     expected = chain.outputs(len(chunks) - 1)
@@ -307,7 +307,9 @@ def _make(job: _Job, writer: CheckpointWriter) -> None:
     writer.finish(tail=tail, config=config, files={**files, "README.md": card}, verify=verify)
 
 
-def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: FloatCompanion) -> dict[str, Any]:
+def _run_blocks(
+    job: _Job, writer: CheckpointWriter, chain: Chain, companion: FloatCompanion, measured: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """Quantize and write all blocks that are not written yet; run those that are."""
     shell = job.shell
     layers: dict[str, Any] = {}
@@ -328,7 +330,9 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
             restore_block(shell, index, record["layers"], writer.block_tensors(index))
         else:
             generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
-            context = BlockContext(chain, shell.structures[index], generator, progress=job.reporter.progress)
+            context = BlockContext(
+                chain, shell.structures[index], generator, progress=job.reporter.progress, measured=measured
+            )
             quantize_block(context, job.recipe, job.clock)
             specs = {full: spec.to_dict() for full, spec in block_layers(name, shell.blocks[index]).items()}
             with job.clock.measure("steps of a quantized cache"):
@@ -351,24 +355,37 @@ def _run_blocks(job: _Job, writer: CheckpointWriter, chain: Chain, companion: Fl
     return {"layers": layers, "sites": figures, "prefix": prefix_states, "kv": kv}
 
 
-def _learn(job: _Job, writer: CheckpointWriter) -> None:
-    """Refine the model's transforms by what calibration windows teach, or taught before the run was interrupted."""
-    learning = {str(number): step for number, step in enumerate(job.recipe.steps) if isinstance(step, LearningStep)}
+def _learn(job: _Job, writer: CheckpointWriter) -> dict[str, Tensor]:
+    """Refine the model's transforms by what calibration windows teach, or taught before the run was interrupted.
+
+    Returns what they tell about the float model besides.
+    """
+    kinds = (LearningStep, MeasuringStep)
+    learning = {str(number): step for number, step in enumerate(job.recipe.steps) if isinstance(step, kinds)}
     if not learning:
-        return
+        return {}
     known = writer.learned()
     found: dict[str, Tensor] = {}
+    measured: dict[str, Tensor] = {}
     for number, step in learning.items():
-        if known is None:
-            job.reporter.phase(f"learning ({step.name})")
-            with job.clock.measure(step.name):
-                own = step.learn(job.shell, job.windows.tokens, job.seed, job.reporter.progress)
-            found |= {f"{number}.{name}": tensor for name, tensor in own.items()}
-        else:
+        if known is not None:
             own = {name.partition(".")[2]: value for name, value in known.items() if name.startswith(f"{number}.")}
-        job.shell.apply(step.refine(job.shell, own))
+        else:
+            job.reporter.phase(f"{'learning' if isinstance(step, LearningStep) else 'measuring'} ({step.name})")
+            with job.clock.measure(step.name):
+                windows, progress = job.windows.tokens, job.reporter.progress
+                if isinstance(step, LearningStep):
+                    own = step.learn(job.shell, windows, job.seed, progress)
+                else:
+                    own = step.measure(job.shell, windows, job.policy, progress)
+            found |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+        if isinstance(step, LearningStep):
+            job.shell.apply(step.refine(job.shell, own))
+        else:
+            measured |= own
     if known is None:
         writer.write_learned(found)
+    return measured
 
 
 def transform_model(shell: ModelShell, recipe: Recipe, seed: int) -> None:
@@ -394,8 +411,11 @@ def _held_out(samples: int) -> int:
 
 
 def _check_model(recipe: Recipe, shell: ModelShell) -> None:
-    """Refuse, before anything is computed, a recipe that acts on no site of some block, or that wants a cache where
-    none can be."""
+    """Refuse, before anything is computed, a recipe that acts on no site of some block, that wants a cache where none
+    can be, or measures what the model does not have."""
+    for step in recipe.steps:
+        if isinstance(step, MeasuringStep):
+            step.check(shell)
     for name, structure in zip(shell.block_names, shell.structures):
         kinds = {site.kind for site in structure.sites}
         wanted = {kind for step in recipe.steps for kind in getattr(step, "sites", ())}

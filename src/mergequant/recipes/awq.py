@@ -9,10 +9,8 @@ search sees all calibration tokens (there: 512); o_proj is scaled under grouped 
 value head by one scale.
 """
 
-from typing import Literal
-
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import ClipWeights, Round, ScaleChannels, Step
+from mergequant.steps import ClipWeights, Round, RoundingName, ScaleChannels, Step
 
 __all__ = ["awq"]
 
@@ -33,7 +31,7 @@ def awq(
     group_size: int = 128,
     scale: bool = True,
     clip: bool = True,
-    rounding: Literal["rtn", "gptq"] = "rtn",
+    rounding: RoundingName = "rtn",
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """Weight-only: channels scaled by mean|X|^r with the r of least module error, ranges clipped, rounded in groups.
@@ -42,7 +40,7 @@ def awq(
         per row; 0 = a scale per row.
     scale: search r per site, in steps of 0.05, by the output of attention or MLP.
     clip: search the range of every row and group by its own part of the output; queries and keys are left alone.
-    rounding: rtn as the paper, or gptq on top.
+    rounding: rtn as the paper, or gptq or quantease on top.
     prefix: none, bos, auto, or token ids whose keys and values start every cache.
     """
     steps: list[Step] = []

@@ -10,17 +10,17 @@ FLOAT_BITS = 16
 
 @register_recipe("rtn", paper="round to nearest")
 def rtn(
-    *, weight_bits: int = 4, activation_bits: int = 4, group_size: int = 0, clip: bool = False
+    *, weight_bits: int = 4, activation_bits: int = 4, group_size: int = 0, clip: bool = False, zeros: bool = False
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """Round to nearest; activations with a scale per token.
 
     weight_bits; activation_bits (16 = weight-only); group_size (0 = a scale per row; groups are weight-only);
-    clip: search row ranges of least error.
+    clip: search row ranges of least error; zeros: an integer zero point per row or group, weight-only.
     """
     steps: list[Step] = []
     if activation_bits < FLOAT_BITS:
         steps.append(TokenInput(bits=activation_bits, search=False))
-    steps.append(Round(method="rtn", bits=weight_bits, group_size=group_size, clip=clip))
+    steps.append(Round(method="rtn", bits=weight_bits, group_size=group_size, clip=clip, zeros=zeros))
     return tuple(steps), "none"
 
 
@@ -41,11 +41,13 @@ def gptq(
     activation_order: bool = True,
     damping: float = 0.01,
     activation_clip: bool = False,
+    zeros: bool = False,
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """GPTQ; weight-only by default.
 
     weight_bits; activation_bits (16 = weight-only, else a dynamic scale per token); group_size (0 = a scale per row);
-    clip: search row ranges; activation_order; damping; activation_clip: search the per-token clip ratio.
+    clip: search row ranges; activation_order; damping; activation_clip: search the per-token clip ratio;
+    zeros: an integer zero point per row or group, weight-only.
     """
     steps: list[Step] = []
     if activation_bits < FLOAT_BITS:
@@ -58,6 +60,7 @@ def gptq(
             clip=clip,
             damping=damping,
             activation_order=activation_order,
+            zeros=zeros,
         )
     )
     return tuple(steps), "none"

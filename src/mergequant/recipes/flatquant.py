@@ -17,7 +17,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import Flatten, Round, Step
+from mergequant.steps import Flatten, Round, RoundingName, Step
 
 __all__ = ["flatquant"]
 
@@ -46,7 +46,7 @@ def flatquant(
     epochs: int = 15,
     chunks: int = 2,
     batch_tokens: int = 1024,
-    rounding: Literal["gptq", "rtn"] = "gptq",
+    rounding: RoundingName = "gptq",
     row_search: bool = False,
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
@@ -59,7 +59,7 @@ def flatquant(
     rate: learning rate of transforms; clip ratios learn ten times as fast.
     epochs, chunks, batch_tokens: passes over how many calibration chunks (of about 4096 tokens), in steps of how many
         tokens (0 = a chunk). The paper's: epochs=15 chunks=64 batch_tokens=8192.
-    rounding: gptq or rtn.
+    rounding: gptq, rtn or quantease.
     row_search: search row ranges again when rounding, on top of the learned ones.
     prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
         every cache.

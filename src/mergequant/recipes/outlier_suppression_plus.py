@@ -22,7 +22,7 @@ from typing import Literal
 from mergequant.errors import RecipeError
 from mergequant.models.roles import SiteKind
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import ALL_SITES, Round, ScaleChannels, ShiftChannels, Step, TensorInput, TokenInput
+from mergequant.steps import ALL_SITES, Round, RoundingName, ScaleChannels, ShiftChannels, Step, TensorInput, TokenInput
 
 __all__ = ["outlier_suppression_plus"]
 
@@ -52,7 +52,7 @@ def outlier_suppression_plus(
     spacing: Literal["even", "log"] = "even",
     scale_all: bool = False,
     input_clip: bool = False,
-    rounding: Literal["rtn", "gptq"] = "rtn",
+    rounding: RoundingName = "rtn",
     clip: bool = False,
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
@@ -66,7 +66,7 @@ def outlier_suppression_plus(
     spacing: even, as the paper; log = down to a hundredth of the largest magnitude.
     scale_all: also scale the input of o_proj, through v_proj (an extension).
     input_clip: search the clip ratio of tokens, or the range of the static step; else the largest magnitude.
-    rounding: rtn as the paper, or gptq.
+    rounding: rtn as the paper, gptq, or quantease.
     clip: search the ranges of weight rows.
     prefix: none, bos, auto, or token ids whose keys and values start every cache; helps static steps.
     """

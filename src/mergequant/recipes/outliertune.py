@@ -21,7 +21,7 @@ from typing import Literal
 
 from mergequant.models.roles import SiteKind
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import Clip, Ranges, Round, ShiftChannels, Step, TokenInput
+from mergequant.steps import Clip, Ranges, Round, RoundingName, ShiftChannels, Step, TokenInput
 
 __all__ = ["outliertune"]
 
@@ -44,7 +44,7 @@ def outliertune(
     shift_threshold: float = 0.0,
     skip: int = 0,
     clip: Literal["none", "activation"] = "none",
-    rounding: Literal["gptq", "rtn"] = "gptq",
+    rounding: RoundingName = "gptq",
     weight_clip: bool = True,
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import Rotate, RotateResidual, Round, Step, TensorInput, TuneBlock
+from mergequant.steps import Rotate, RotateResidual, Round, RoundingName, Step, TensorInput, TuneBlock
 
 __all__ = ["prefixquant"]
 
@@ -38,7 +38,7 @@ def prefixquant(
     activation_bits: int = 4,
     heads: Literal["fused", "online", "none"] = "fused",
     grid: int = 40,
-    rounding: Literal["gptq", "rtn"] = "gptq",
+    rounding: RoundingName = "gptq",
     weight_clip: bool = True,
     damping: float = 0.01,
     fine_tune: int = 0,
@@ -50,7 +50,7 @@ def prefixquant(
     heads: as in quarot: fused = values of each head are rotated in the weights; online = the whole input of o_proj is
         rotated at run time; none.
     grid: number of steps tried for every input, from the largest magnitude down to a fiftieth of it; 1 = no search.
-    rounding: gptq or rtn; weight_clip: search row ranges; damping: as in GPTQ.
+    rounding: gptq, rtn or quantease; weight_clip: search row ranges; damping: as in GPTQ.
     fine_tune: epochs of training steps, row ranges and weights block by block; weights are then rounded to the nearest
         code within the trained ranges, whatever `rounding` and `weight_clip` say; 0 = none.
     prefix: auto = outlier tokens are searched; bos; token ids; none, to measure what the prefix brings.

@@ -21,7 +21,7 @@ from typing import Literal
 
 from mergequant.models.roles import SiteKind
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import LowRank, Reassemble, Round, Step, TokenInput
+from mergequant.steps import LowRank, Reassemble, Round, RoundingName, Step, TokenInput
 from mergequant.transforms import Distance
 
 __all__ = ["qllm"]
@@ -57,7 +57,7 @@ def qllm(
     epochs: int = 10,
     learning_rate: float = 5e-4,
     chunks: int = 8,
-    rounding: Literal["rtn", "gptq"] = "rtn",
+    rounding: RoundingName = "rtn",
     clip: bool = False,
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
@@ -72,7 +72,7 @@ def qllm(
         (the paper's way), merged = the rounded sum, inputs = float ones; none = no correction.
     rank, epochs, learning_rate: of the correction.
     chunks: of 4096 tokens that the correction learns from, if there are as many; the paper takes 64.
-    rounding: rtn as the paper, or gptq.
+    rounding: rtn as the paper, gptq, or quantease.
     clip: search the ranges of weight rows.
     prefix: none, bos, auto, or token ids whose keys and values start every cache.
     """

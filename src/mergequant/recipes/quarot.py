@@ -17,7 +17,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import MixHeads, Rotate, RotateResidual, Round, Step, TokenInput
+from mergequant.steps import MixHeads, Rotate, RotateResidual, Round, RoundingName, Step, TokenInput
 
 __all__ = ["quarot"]
 
@@ -42,7 +42,7 @@ def quarot(
     heads: Literal["mixed", "fused", "online", "none"] = "mixed",
     activation_clip: Literal["fixed", "search"] = "fixed",
     clip_ratio: float = 0.9,
-    rounding: Literal["gptq", "rtn"] = "gptq",
+    rounding: RoundingName = "gptq",
     hessian: Literal["float", "quantized"] = "float",
     weight_clip: bool = True,
     activation_order: bool = False,
@@ -57,8 +57,8 @@ def quarot(
         input of o_proj is rotated online; none.
     activation_clip: fixed = every token's grid covers `clip_ratio` of its largest magnitude; search = a ratio per site,
         of least output error.
-    rounding: gptq or rtn; hessian: GPTQ's, of inputs before (float, as the paper) or after they are rounded (quantized,
-        better); weight_clip: search row ranges; activation_order, damping: as in GPTQ.
+    rounding: gptq, rtn or quantease; hessian: theirs, of inputs before (float, as the paper) or after they are rounded
+        (quantized, better); weight_clip: search row ranges; activation_order, damping: as in GPTQ.
     prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
         every cache.
     """

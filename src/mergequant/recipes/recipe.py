@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from mergequant.errors import RecipeError
-from mergequant.steps import ModelStep, Step, fitting, near_name, step_from_dict
+from mergequant.steps import ALL_SITES, AllocateBits, ModelStep, Round, Step, fitting, near_name, step_from_dict
 
 __all__ = [
     "Figure",
@@ -72,13 +72,14 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r}: the prefix holds no token; say prefix=none")
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Recipe":
-        """The recipe with other parameters ("split": 0) or step parameters ("clip.mode": "none").
+        """The recipe with other parameters ("split": 0), step parameters ("clip.mode": "none"), or "average_bits".
 
         Raises:
             RecipeError: an unknown key, with the nearest known one, or a value that does not fit.
         """
         flat = {key: value for key, value in settings.items() if "." not in key}
         recipe = self
+        budget = None if "average_bits" in self.parameters else flat.pop("average_bits", None)
         if flat:
             if not self.parameters:
                 key = next(iter(flat))
@@ -93,7 +94,30 @@ class Recipe:
         for key, value in settings.items():
             if "." in key:
                 recipe = recipe._with_step_setting(key, value)
-        return recipe
+        return recipe if budget is None else recipe.with_average_bits(fitting(budget, float, "average_bits"))
+
+    def with_average_bits(self, average_bits: float) -> "Recipe":
+        """The recipe with a width for every site, chosen so that the quantized weights take `average_bits` each.
+
+        Any recipe's parameter `average_bits` means this, unless it has one of its own.
+
+        Raises:
+            RecipeError: no step rounds integers of one level, or several do that differ.
+        """
+        rounding = [step for step in self.steps if isinstance(step, Round)]
+        forms = {(step.group_size, step.zeros, step.clip, step.levels, step.outliers) for step in rounding}
+        if len(forms) != 1 or any(step.levels != 1 or step.outliers for step in rounding):
+            raise RecipeError(
+                f"recipe {self.name!r}: average_bits chooses the width of plain integers that one kind of step rounds; "
+                f"here are {', '.join(step.name for step in self.steps)}. Choose rtn, gptq, awq, quantease or adadim"
+            )
+        kinds = tuple(kind for kind in ALL_SITES if any(kind in step.sites for step in rounding))
+        first = rounding[0]
+        step = AllocateBits(average_bits, group_size=first.group_size, zeros=first.zeros, clip=first.clip, kinds=kinds)
+        others = [own for own in self.steps if not isinstance(own, AllocateBits)]
+        place = sum(isinstance(own, ModelStep) for own in others)
+        steps = (*others[:place], step, *others[place:])
+        return Recipe(self.name, self.paper, steps, self.prefix, self.parameters, self.expected)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, whole."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from mergequant.models.roles import SiteKind
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import ALL_SITES, Round, ScaleChannels, Step, TensorInput, TokenInput
+from mergequant.steps import ALL_SITES, Round, RoundingName, ScaleChannels, Step, TensorInput, TokenInput
 
 __all__ = ["smoothquant"]
 
@@ -36,7 +36,7 @@ def smoothquant(
     smooth_all: bool = False,
     inputs: Literal["token", "tensor"] = "token",
     input_clip: bool = False,
-    rounding: Literal["rtn", "gptq"] = "rtn",
+    rounding: RoundingName = "rtn",
     clip: bool = False,
     prefix: str | tuple[int, ...] = "none",
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
@@ -51,7 +51,7 @@ def smoothquant(
     smooth_all: also scale the inputs of o_proj and down_proj, through v_proj and up_proj, where that is proven exact.
     inputs: token = a dynamic scale per token (the paper's O1); tensor = one static step (O3).
     input_clip: search the clip ratio of tokens, or the range of the static step; else the largest magnitude.
-    rounding: rtn as the paper, or gptq.
+    rounding: rtn as the paper, gptq, or quantease.
     clip: search the ranges of weight rows.
     prefix: none, bos, auto, or token ids whose keys and values start every cache; helps static steps.
     """

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import LearnRotations, Rotate, Round, Step, TokenInput
+from mergequant.steps import LearnRotations, Rotate, Round, RoundingName, Step, TokenInput
 
 __all__ = ["spinquant"]
 
@@ -38,7 +38,7 @@ def spinquant(
     batch_tokens: int = 1024,
     activation_clip: Literal["fixed", "search"] = "fixed",
     clip_ratio: float = 0.9,
-    rounding: Literal["gptq", "rtn"] = "gptq",
+    rounding: RoundingName = "gptq",
     weight_clip: bool = True,
     activation_order: bool = False,
     damping: float = 0.01,
@@ -50,7 +50,7 @@ def spinquant(
     steps, rate, batch_tokens: of Cayley SGD. The paper's: steps=100 rate=1.5 batch_tokens=16384.
     activation_clip: fixed = every token's grid covers `clip_ratio` of its largest magnitude; search = a ratio per site,
         of least output error (learning goes on with `clip_ratio`).
-    rounding: gptq or rtn; weight_clip: search row ranges; activation_order, damping: as in GPTQ.
+    rounding: gptq, rtn or quantease; weight_clip: search row ranges; activation_order, damping: as in GPTQ.
     prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
         every cache.
     """

@@ -1,12 +1,13 @@
 """RTN and GPTQ: a float weight becomes codes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergequant.errors import UsageError
-from mergequant.grids import QTensor, Quantizer
+from mergequant.grids import QTensor, Quantizer, ZeroTensor
+from mergequant.grids.quantizer import nearest_code
 from mergequant.solvers.sweep import InverseFactor, invert_hessian, sweep
 
 __all__ = ["Solution", "gptq", "output_error", "rtn"]
@@ -74,20 +75,23 @@ def gptq(
         raise UsageError("groups that follow compensated weights need activation_order=False (or static_groups=True)")
     quantizer.groups(weight.shape[1])
     alive = torch.where(inverse.dead, torch.zeros_like(weight), weight)
-    scale = quantizer.find_scale(alive)  # (outputs, groups)
+    scale, zero = quantizer.find(alive)  # (outputs, groups)
     group_of = torch.arange(weight.shape[1]) // (quantizer.group_size or weight.shape[1])
     groups = group_of.tolist()
     codes = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
 
     def quantize_column(column: int, values: Tensor) -> Tensor:
-        column_scale = scale[:, groups[column]]
-        code = quantizer.grid.nearest(values / column_scale)
-        codes[column] = code.to(torch.int8)
-        return code * column_scale
+        group = groups[column]
+        own = None if zero is None else zero[:, group]
+        code = nearest_code(quantizer.grid, values / scale[:, group], own)
+        codes[column] = (code if own is None else code + own).to(torch.int8)
+        return quantizer.grid.value(code) * scale[:, group]
 
     def begin_group(position: int, values: Tensor) -> None:
-        one_group = Quantizer(quantizer.grid, None, quantizer.range)
-        scale[:, groups[position]] = one_group.find_scale(values)[:, 0]
+        found, own = replace(quantizer, group_size=None).find(values)
+        scale[:, groups[position]] = found[:, 0]
+        if zero is not None and own is not None:
+            zero[:, groups[position]] = own[:, 0]
 
     if dynamic_groups:
         size = quantizer.group_size or weight.shape[1]
@@ -95,7 +99,10 @@ def gptq(
         sweep(alive, inverse, quantize_column, begin_group=begin_group, group_size=size, block=block)
     else:
         sweep(alive, inverse, quantize_column, block=block)
-    return Solution(QTensor(codes.t().contiguous(), scale, quantizer.grid), inverse.damping, inverse.attempts)
+    codes = codes.t().contiguous()
+    grid = quantizer.grid
+    made = QTensor(codes, scale, grid) if zero is None else ZeroTensor(codes, scale, grid, zero)
+    return Solution(made, inverse.damping, inverse.attempts)
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

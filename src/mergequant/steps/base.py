@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from torch import Tensor
 
-from mergequant.calibration import BlockContext, SiteContext
+from mergequant.calibration import BlockContext, SiteContext, StorePolicy
 from mergequant.errors import RecipeError
 from mergequant.models import ModelShell, ModelTransform, Site
 from mergequant.models.roles import SiteKind
@@ -23,6 +23,7 @@ __all__ = [
     "ALL_SITES",
     "BlockStep",
     "LearningStep",
+    "MeasuringStep",
     "ModelStep",
     "SiteStep",
     "Step",
@@ -95,6 +96,28 @@ class ModelStep(Step, ABC):
     @abstractmethod
     def transform(self, shell: ModelShell, seed: int) -> ModelTransform:
         """The change, for one model; `seed` is the run's. Raises StructureError, naming a recipe that works."""
+
+
+@dataclass(frozen=True)
+class MeasuringStep(Step, ABC):
+    """What calibration windows tell about the whole float model before its first block is quantized."""
+
+    @abstractmethod
+    def check(self, shell: ModelShell) -> None:
+        """Raise StructureError, naming a recipe that works, for a model that cannot be measured."""
+
+    @abstractmethod
+    def measure(
+        self, shell: ModelShell, windows: Tensor, policy: StorePolicy, progress: Callable[[str], None]
+    ) -> dict[str, Tensor]:
+        """What is measured, on the CPU, by names that steps find in `BlockContext.measured`; stored meanwhile.
+
+        Args:
+            shell: the model, transformed already; its blocks are empty again afterwards.
+            windows: int64 (windows, tokens), of the calibration data.
+            policy: where activations may lie.
+            progress: told how far it is.
+        """
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergequant.transforms import InputScheme
 
 __all__ = ["Judge", "RoundingName"]
 
-RoundingName = Literal["gptq", "rtn"]
+RoundingName = Literal["gptq", "rtn", "quantease"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Judge:
     see the weights; judging with GPTQ weights is what the final checkpoint will have).
 
     Attributes:
-        rounding: "gptq" or "rtn".
+        rounding: "rtn"; "gptq" and "quantease" are judged with GPTQ.
         weight_bits: bits of the weight codes.
         fit_tokens, test_tokens: tokens to fit and to measure on.
     """

@@ -61,6 +61,11 @@ class ModuleOutput:
             ]
         return sum(errors) / len(errors)
 
+    def rebase(self, weights: Mapping[str, Tensor]) -> None:
+        """Measure against the output with these weights of the consumers from now on."""
+        with self._changed(weights, None):
+            self._targets = list(self._outputs())
+
     def _outputs(self) -> Iterator[Tensor]:
         for hidden, before in zip(self._hidden, self._before):
             yield self._run(hidden, before)
@@ -151,6 +156,10 @@ class LinearOutput:
     def __init__(self, context: SiteContext, chunks: int = 1) -> None:
         self._weights = dict(context.weights)
         self._inputs = context.sample("calibration", chunks * TOKENS_PER_CHUNK)
+
+    def rebase(self, weights: Mapping[str, Tensor]) -> None:
+        """As `ModuleOutput.rebase`."""
+        self._weights = dict(weights)
 
     def loss(self, weights: Mapping[str, Tensor], values: Values | None = None) -> float:
         """As `ModuleOutput.loss`."""

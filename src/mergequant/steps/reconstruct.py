@@ -19,6 +19,8 @@ from mergequant.grids import IntegerGrid
 
 __all__ = ["Training", "fake_quantize", "reconstruct"]
 
+LEAST_STEPS = 100  # that a path by signs is divided into, so that a short training takes no long strides
+
 
 @dataclass(frozen=True)
 class Training:
@@ -29,12 +31,15 @@ class Training:
         chunks: calibration chunks (of about 4096 tokens) used, from the first.
         batch_tokens: tokens of one step of the optimizer, in whole windows; 0 = a chunk.
         even: divide each step's loss by its own value, so that batches count alike, however large their errors.
+        sign: step by the sign of the gradient instead of AdamW; rates are then divided by the number of steps (or by
+            `LEAST_STEPS`) and fall in a line, so that a parameter moves by half its rate at most.
     """
 
     epochs: int
     chunks: int
     batch_tokens: int = 0
     even: bool = False
+    sign: bool = False
 
 
 def reconstruct(
@@ -44,7 +49,7 @@ def reconstruct(
 
     Inputs are the hidden states that enter the block (quantized upstream); they and the targets lie where the run's
     `StorePolicy` lets them, and one batch at a time is on the device. AdamW without weight decay, learning rates fall
-    by a cosine to zero. Batches come in order, so a run is repeated exactly.
+    by a cosine to zero (`Training.sign`: other rules). Batches come in order, so a run is repeated exactly.
 
     Args:
         context: the block, in floating point.
@@ -68,8 +73,15 @@ def reconstruct(
     for number in numbers:
         targets.append(chain.run(chain.hidden[number]))
     batches = sum(len(_parts(chain.hidden[number], training)) for number in numbers)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.epochs * batches, 1))
+    steps = max(training.epochs * batches, 1)
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if training.sign:
+        optimizer = _SignDescent([{**group, "lr": group["lr"] / max(steps, LEAST_STEPS)} for group in groups], {})
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: list[float] = []
     try:
         with torch.enable_grad():
@@ -115,6 +127,17 @@ class _FakeQuantize(torch.autograd.Function):
         (gradient,) = gradients
         inside, slope = ctx.saved_tensors
         return gradient * inside, (gradient * slope).sum(-1, keepdim=True), None
+
+
+class _SignDescent(torch.optim.Optimizer):
+    """Every parameter steps by its learning rate, against the sign of its gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
 def _groups(block: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The last step of a site: weights become codes, and the float modules are replaced by quantized ones."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +10,41 @@ from mergequant.calibration import SiteContext
 from mergequant.errors import RecipeError
 from mergequant.grids import (
     AbsMax,
+    AcrossTensor,
     ClipSearch,
+    CodebookTensor,
     IntegerGrid,
+    PowerGrid,
+    QTensor,
     Quantizer,
+    SparseTensor,
     TwoLevelQuantizer,
     TwoLevelTensor,
     fitting_group,
-    pack_codes,
 )
 from mergequant.grids.two_level import TWO_LEVEL_BITS
 from mergequant.models import BiasedNorm
-from mergequant.nn import InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm
-from mergequant.nn.spec import FLOAT_BITS
-from mergequant.solvers import InverseFactor, Solution, gptq, invert_hessian, rtn, two_level
-from mergequant.steps.base import SiteStep
+from mergequant.nn import CodebookLinear, InputSpec, LinearSpec, NormSpec, QuantLinear, QuantNorm, SparseLinear
+from mergequant.nn.spec import FLOAT_BITS, ZeroKind
+from mergequant.solvers import (
+    CodebookSolution,
+    Descent,
+    OutlierShare,
+    Solution,
+    gptq,
+    invert_hessian,
+    quantease,
+    quantease_outliers,
+    rtn,
+    two_level,
+)
+from mergequant.steps.base import SiteStep, near_name
 from mergequant.steps.judge import RoundingName
 from mergequant.transforms import ChannelScheme, FloatScheme, Kronecker, ReassembledScheme, TensorScheme, TokenScheme
 
 __all__ = ["Round"]
+
+WHOLE_BITS = (4, 8)  # codes that fill bytes as they are
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,8 @@ class Round(SiteStep):
     consumers of the site.
 
     Attributes:
-        method: "gptq" or "rtn".
+        method: "gptq", "rtn", or "quantease": coordinate descent from `start` ("gptq" makes it a polisher, which never
+            ends above GPTQ; the paper starts from "float") in `sweeps` passes, some of them relaxed with `relax`.
         bits: bits of the weight codes.
         group_size: columns per weight scale; 0 = a scale per row. Only for float inputs, or with two levels.
         fit_groups: where the group size does not divide a width, take a smaller one that does, or a scale per row
@@ -48,6 +66,10 @@ class Round(SiteStep):
         hessian: of which inputs: "quantized" = of the codes, as above; "float" = before they are rounded.
         levels: 2 = int8 per row, and inside these codes 4-bit groups with integer steps and zeros (QServe): still one
             integer GEMM. `clip` then searches the steps of groups.
+        zeros: an integer zero point beside every scale, for float inputs (`grids.Quantizer`).
+        outliers: share of the weights that stay in 16 bits beside the codes; only for "quantease" and float inputs.
+        whole_columns: outliers are columns, not single weights.
+        dense: store codes of 2, 3, 5, 6 or 7 bits in as many bits, not in 4 or 8.
     """
 
     name: ClassVar[str] = "round"
@@ -61,47 +83,93 @@ class Round(SiteStep):
     hessian: Literal["quantized", "float"] = "quantized"
     fit_groups: bool = False
     levels: Literal[1, 2] = 1
+    zeros: bool = False
+    start: Literal["float", "rtn", "gptq"] = "gptq"
+    sweeps: int = 10
+    relax: bool = False
+    dense: bool = False
+    outliers: float = 0.0
+    whole_columns: bool = False
 
     def group_of(self, width: int) -> int:
         """Group size for a row of `width` columns; 0 = a scale per row."""
         return fitting_group(width, self.group_size) if self.fit_groups else self.group_size
 
     def __post_init__(self) -> None:
-        if self.method not in ("gptq", "rtn"):
-            raise RecipeError(f"round: method {self.method!r} is not 'gptq' or 'rtn'")
+        if self.method not in get_args(RoundingName):
+            raise RecipeError(f"round: method {self.method!r}{near_name(self.method, get_args(RoundingName))}")
         if self.levels not in (1, 2) or (self.levels == 2 and self.bits != TWO_LEVEL_BITS):
             raise RecipeError(f"round: levels {self.levels} with {self.bits} bits; two levels are for 4-bit weights")
+        if self.levels == 2 and self.method == "quantease":
+            raise RecipeError("round: coordinate descent knows grids of one level; round two levels by gptq or rtn")
+        if self.outliers and (self.method != "quantease" or self.start == "gptq"):
+            raise RecipeError(
+                "round: outliers beside the codes are for method quantease, started from float or rtn; recipes spqr "
+                "and gwq find theirs in other ways"
+            )
+        if self.zeros and self.levels == 2:
+            raise RecipeError("round: groups of two levels have integer zeros already; leave out zeros")
 
     def run(self, context: SiteContext) -> None:
+        bits = context.block.measured.get(f"bits.{context.name}")  # of `allocate_bits`, if the recipe has that step
+        if bits is not None and (int(bits), True) != (self.bits, self.dense):
+            context.report(bits=float(bits))
+            replace(self, bits=int(bits), dense=True).run(context)
+            return
         scheme = context.scheme
         if self.group_size and self.levels == 1 and not isinstance(scheme, FloatScheme):
             raise RecipeError(
                 f"{context.name}: groups of {self.group_size} along the reduction axis would break the single integer "
                 "GEMM; use group_size=0, or leave the input in floating point"
             )
+        if (self.zeros or self.outliers) and not isinstance(scheme, FloatScheme):
+            raise RecipeError(
+                f"{context.name}: zero points and outliers of weights do not fit the single integer GEMM; use "
+                "zeros=False and outliers=0, or leave the input in floating point"
+            )
         if context.targets is None:
             context.targets = {name: scheme.fold(weight) for name, weight in context.weights.items()}
         group_size = self.group_of(context.site.width)
-        inverse = None
-        if self.method == "gptq":
+        gram = None
+        if self.method != "rtn":
             gram = context.gram(scheme.exact_values if self.hessian == "float" else scheme.values).total
-            inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
-            context.report(damping=inverse.damping, cholesky_attempts=float(inverse.attempts))
-        # Rows are independent, so all consumers of the site are rounded in one sweep.
-        stacked = torch.cat(list(context.targets.values()))
-        solution = self._solve(stacked, inverse, group_size or None)
-        first = 0
-        for name, target in context.targets.items():
-            context.solutions[name] = solution.rows(first, first + target.shape[0])
-            first += target.shape[0]
+        context.solutions = self.solve_site(context, gram)
+        solution = next(iter(context.solutions.values()))
+        if solution.attempts:
+            context.report(damping=solution.damping, cholesky_attempts=float(solution.attempts))
         context.report(output_error=held_out_error(context))
-        replace_modules(context, self.bits, group_size)
+        replace_modules(context, self.bits, group_size, dense=self.dense)
 
-    def _solve(self, weight: Tensor, inverse: InverseFactor | None, group_size: int | None) -> Solution:
+    def solve_site(self, context: SiteContext, gram: Tensor | None) -> dict[str, Solution]:
+        """Rounded targets of a site by consumer; `gram` (width, width) is that of its inputs, None for RTN."""
+        # Rows are independent, so all consumers of the site are rounded in one sweep.
+        targets = context.targets or {}
+        solution = self.solve(torch.cat(list(targets.values())), gram, self.group_of(context.site.width) or None)
+        solutions, first = {}, 0
+        for name, target in targets.items():
+            solutions[name] = solution.rows(first, first + target.shape[0])
+            first += target.shape[0]
+        return solutions
+
+    def quantizer(self, group_size: int | None) -> Quantizer:
+        """Grid and ranges of one level."""
+        search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
+        return Quantizer(IntegerGrid(self.bits), group_size, search, self.zeros)
+
+    def solve(self, weight: Tensor, gram: Tensor | None, group_size: int | None) -> Solution:
+        """One weight (outputs, width), rounded; groups run along its rows."""
+        inverse = None
+        if gram is not None and self.method == "gptq":
+            inverse = invert_hessian(gram, damping=self.damping, activation_order=self.activation_order)
         if self.levels == 2:
             return two_level(weight, inverse, TwoLevelQuantizer(group_size, self.clip))
-        search = ClipSearch(norm=self.clip_norm) if self.clip else AbsMax()
-        quantizer = Quantizer(IntegerGrid(self.bits), group_size, search)
+        quantizer = self.quantizer(group_size)
+        if gram is not None and self.method == "quantease":
+            descent = Descent(self.start, self.sweeps, self.relax, self.activation_order, self.damping)
+            if self.outliers:
+                share = OutlierShare(self.outliers, self.whole_columns)
+                return quantease_outliers(weight, gram, quantizer, share, descent)
+            return quantease(weight, gram, quantizer, descent)
         return rtn(weight, quantizer) if inverse is None else gptq(weight, inverse, quantizer)
 
 
@@ -117,7 +185,7 @@ def held_out_error(context: SiteContext, tokens: int = 2048) -> float:
     return error / max(reference, 1e-30)
 
 
-def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
+def replace_modules(context: SiteContext, bits: int, group_size: int, *, dense: bool = False) -> None:
     """Build the site's quantized modules from scheme and solutions, put them in place, move steps where they belong."""
     scheme = context.scheme
     block, site = context.block, context.site
@@ -125,7 +193,7 @@ def replace_modules(context: SiteContext, bits: int, group_size: int) -> None:
     spec, buffers = _held(context, *_input_spec(context, absorbed))
     for name, solution in context.solutions.items():
         old = block.linear(name)
-        block.replace(name, _quant_linear(spec, buffers, solution, old, bits, group_size).to(block.device))
+        block.replace(name, _quant_linear(spec, buffers, solution, old, bits, group_size, dense).to(block.device))
     if site.norm is None:
         return
     if isinstance(scheme, ChannelScheme):
@@ -223,24 +291,63 @@ def _transformed(spec: InputSpec, transform: Kronecker | None) -> tuple[InputSpe
 
 
 def _quant_linear(
-    spec: InputSpec, buffers: dict[str, Tensor], solution: Solution, old: nn.Linear, bits: int, group_size: int
+    spec: InputSpec,
+    buffers: dict[str, Tensor],
+    solution: Solution | CodebookSolution,
+    old: nn.Linear,
+    bits: int,
+    group_size: int,
+    dense: bool,
 ) -> QuantLinear:
     quantized = solution.quantized
     bias: Tensor | None = old.bias
-    levels = 2 if isinstance(quantized, TwoLevelTensor) else 1
-    module = QuantLinear(LinearSpec(quantized.codes.shape[0], spec, bits, group_size, bias is not None, levels))
+    if isinstance(quantized, SparseTensor):
+        module: QuantLinear = SparseLinear.of(quantized, spec, bias is not None)
+    elif isinstance(quantized, CodebookTensor):
+        module = CodebookLinear.of(quantized, spec, bias is not None)
+    else:
+        module = _integer_linear(quantized, spec, bits, group_size, bias is not None, dense)
     module.out_dtype = old.weight.dtype
-    module.weight_codes.copy_(pack_codes(quantized.codes, bits))
-    module.weight_scale.copy_(quantized.scale if group_size and levels == 1 else quantized.scale[:, 0])
-    if isinstance(quantized, TwoLevelTensor) and module.group_scale is not None and module.group_zero is not None:
-        module.group_scale.copy_(quantized.group_scale)
-        module.group_zero.copy_(quantized.group_zero)
     if bias is not None and module.bias is not None:
         module.bias.copy_(bias.detach())
     if module.input_quantizer is not None:
         module.input_quantizer.out_dtype = old.weight.dtype
         for name, value in buffers.items():
             getattr(module.input_quantizer, name).copy_(value)
+    return module
+
+
+def _integer_linear(
+    quantized: QTensor, spec: InputSpec, bits: int, group_size: int, bias: bool, dense: bool
+) -> QuantLinear:
+    """The layer that holds integer codes, its bias still 0."""
+    levels = 2 if isinstance(quantized, TwoLevelTensor) else 1
+    zeros: ZeroKind = "none"
+    zero: Tensor | None = getattr(quantized, "zero", None)
+    if zero is not None:
+        zeros = "float" if zero.is_floating_point() else "integer"
+    across, grid = isinstance(quantized, AcrossTensor), quantized.grid
+    module = QuantLinear(
+        LinearSpec(
+            quantized.codes.shape[0],
+            spec,
+            bits,
+            quantized.size if isinstance(quantized, AcrossTensor) else group_size,
+            bias,
+            levels,
+            zeros,
+            across,
+            grid.exponent if isinstance(grid, PowerGrid) else 1.0,
+            dense and bits not in WHOLE_BITS,
+        )
+    )
+    module.weight_codes.copy_(module.pack(quantized.codes))
+    module.weight_scale.copy_(quantized.scale.reshape(module.weight_scale.shape))
+    if isinstance(quantized, TwoLevelTensor) and module.group_scale is not None and module.group_zero is not None:
+        module.group_scale.copy_(quantized.group_scale)
+        module.group_zero.copy_(quantized.group_zero)
+    if zero is not None and module.weight_zero is not None:
+        module.weight_zero.copy_(zero.reshape(module.weight_zero.shape))
     return module
 
 

@@ -1,0 +1,179 @@
+"""`codebook_linear` and `codebook_weight`: a linear layer on floats whose weight is indices into books of vectors.
+
+weight[v * vector + i, order[c]] = book[group(c), index(v, c), i] (+ book[group(c), 2^bits + residual(v, c), i])
+                                                                                                       (+ outlier)
+
+For few tokens a GPU reads the packed indices and gathers from the books, which stay in its caches: bits of the weight
+are then all that comes from memory. For more, reading every vector once per token costs more than writing the weight
+out: it is decoded, then multiplied (`MOST_TOKENS`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mergequant.grids import Outliers, decode_columns, unpack_indices
+from mergequant.grids.codebook import packed_words, vectors_for
+from mergequant.grids.outliers import column_numbers
+from mergequant.grids.sparse import restore_columns
+from mergequant.ops import backends
+from mergequant.ops._elementwise import kernels_for
+from mergequant.ops._register import register_op
+from mergequant.ops._validate import require, require_float
+
+__all__ = ["MOST_TOKENS", "codebook_linear", "codebook_weight"]
+
+MOST_TOKENS = 2  # VPTQ's own limit for its kernel (tokens < 3); more are multiplied with the decoded weight
+PER_PART = 3  # numbers in `layout`: columns, bits, residual bits
+
+
+@register_op
+def codebook_linear(
+    x: Tensor,
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    bias: Tensor | None,
+    outputs: int,
+) -> Tensor:
+    """x W^T + bias with W in codebooks.
+
+    Args:
+        x: (..., width) float.
+        indices: of each part, int32 (words,): `grids.pack_indices` of (vectors, columns).
+        books: of each part, float16 (groups, entries, vector).
+        layout: columns, bits and residual bits of each part, one after the other.
+        order: optional int16 (width,), low 16 bits of the column of each position; None = natural.
+        outliers: what is added, by rows (`grids.Outliers`): pointers int32 (outputs + 1,), columns int16 (count,),
+            whose low 16 bits count and are not checked to lie in the row, values float16 (count,); or nothing.
+        bias: optional (outputs,), of x's dtype.
+        outputs: rows of the weight.
+
+    Returns:
+        (..., outputs) in x's dtype.
+
+    Raises:
+        KernelError: a dtype, shape or device that is not as above.
+    """
+    name = "codebook_linear"
+    require_float(name, "x", x)
+    _check_weight(name, indices, books, layout, order, outliers, outputs)
+    width = sum(layout[::PER_PART])
+    require(x.shape[-1] == width, f"{name}: x has {x.shape[-1]} channels, the weight {width} columns")
+    require(indices[0].device == x.device, f"{name}: the weight is on {indices[0].device}, x on {x.device}")
+    if bias is not None:
+        require(bias.shape == (outputs,), f"{name}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require(bias.dtype == x.dtype, f"{name}: bias is {bias.dtype}; pass {x.dtype}, as x is")
+    tokens = x.numel() // width
+    kernels = kernels_for(name, name, x)
+    if kernels is not None and tokens > MOST_TOKENS:
+        backends.report_fallback(name, f"more than {MOST_TOKENS} tokens at once are multiplied with the decoded weight")
+        kernels = None
+    if kernels is not None:
+        result: Tensor = kernels.codebook_linear(x, indices, books, layout, order, outliers, bias, outputs)
+        return result
+    return nn.functional.linear(x, _decoded(indices, books, layout, order, outliers, outputs).to(x.dtype), bias)
+
+
+@codebook_linear.register_fake
+def _(
+    x: Tensor,
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    bias: Tensor | None,
+    outputs: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+@register_op
+def codebook_weight(
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    outputs: int,
+) -> Tensor:
+    """The decoded weight, float32 (outputs, width); arguments as in `codebook_linear`. Raises KernelError."""
+    _check_weight("codebook_weight", indices, books, layout, order, outliers, outputs)
+    return _decoded(indices, books, layout, order, outliers, outputs)
+
+
+@codebook_weight.register_fake
+def _(
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    outputs: int,
+) -> Tensor:
+    return books[0].new_empty((outputs, sum(layout[::PER_PART])), dtype=torch.float32)
+
+
+def _decoded(
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    outputs: int,
+) -> Tensor:
+    parts = []
+    for number, (words, book) in enumerate(zip(indices, books)):
+        columns, bits, residual_bits = layout[PER_PART * number : PER_PART * (number + 1)]
+        vectors = vectors_for(outputs, book.shape[2])
+        symbols = unpack_indices(words, bits + residual_bits, vectors * columns).reshape(vectors, columns)
+        parts.append(decode_columns(symbols, book.float(), bits, residual_bits, outputs))
+    stored = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    natural = restore_columns(stored, None if order is None else column_numbers(order))
+    if outliers:
+        Outliers(outliers[1], outliers[2], outliers[0]).add_to(natural)
+    return natural
+
+
+def _check_weight(
+    op: str,
+    indices: Sequence[Tensor],
+    books: Sequence[Tensor],
+    layout: Sequence[int],
+    order: Tensor | None,
+    outliers: Sequence[Tensor],
+    outputs: int,
+) -> None:
+    require(outputs > 0 and len(indices) > 0, f"{op}: a weight of {outputs} outputs and {len(indices)} parts")
+    require(
+        len(indices) == len(books) and len(layout) == PER_PART * len(books),
+        f"{op}: {len(indices)} indices, {len(books)} books and {len(layout)} numbers of layout; pass 1, 1 and 3 a part",
+    )
+    for number, (words, book) in enumerate(zip(indices, books)):
+        columns, bits, residual_bits = layout[PER_PART * number : PER_PART * (number + 1)]
+        entries = (1 << bits) + (1 << residual_bits if residual_bits else 0)
+        fits = book.dim() == 3 and book.shape[1] == entries and book.shape[0] > 0 and columns % book.shape[0] == 0
+        require(
+            fits, f"{op}: book {number} {tuple(book.shape)} is not (groups, {entries}, vector) for {columns} columns"
+        )
+        require(book.dtype == torch.float16, f"{op}: book {number} is {book.dtype}; pass float16")
+        count = packed_words(vectors_for(outputs, book.shape[2]) * columns, bits + residual_bits)
+        require(words.shape == (count,), f"{op}: indices {number} {tuple(words.shape)} are not ({count},) words")
+        require(words.dtype == torch.int32, f"{op}: indices {number} are {words.dtype}; pass int32")
+        for part in (words, book):
+            require(part.device == indices[0].device, f"{op}: part {number} is on {part.device}, others elsewhere")
+    if order is not None:
+        width = sum(layout[::PER_PART])
+        require(order.shape == (width,) and order.dtype == torch.int16, f"{op}: order is not int16 ({width},)")
+        require(order.device == indices[0].device, f"{op}: order is on {order.device}, indices elsewhere")
+    if outliers:
+        kinds = [(part.dtype, part.dim()) for part in outliers]
+        fits = kinds == [(torch.int32, 1), (torch.int16, 1), (torch.float16, 1)]
+        require(fits, f"{op}: outliers are {kinds}; pass pointers int32, columns int16 and values float16")
+        fits = outliers[0].shape == (outputs + 1,) and outliers[1].shape == outliers[2].shape
+        require(fits, f"{op}: outliers of {[tuple(part.shape) for part in outliers]}; pass ({outputs + 1},) and counts")
+        require(all(part.device == indices[0].device for part in outliers), f"{op}: outliers are on another device")
