@@ -15,6 +15,7 @@ from mergequant import errors
 from mergequant.comparison import Comparison, compare
 from mergequant.errors import MergeQuantError
 from mergequant.eval.evaluate import evaluate
+from mergequant.integrations.compressed_tensors import export
 from mergequant.integrations.transformers import load, register
 from mergequant.pipeline import Quantized, plan, quantize
 from mergequant.recipes import Recipe, get_recipe, list_recipes, register_recipe
@@ -27,6 +28,7 @@ __all__ = [
     "compare",
     "errors",
     "evaluate",
+    "export",
     "get_recipe",
     "list_recipes",
     "load",

@@ -18,11 +18,11 @@ def test_version_from_module_prints_it() -> None:
 def test_no_command_prints_help(run: Any) -> None:
     result = run()
     assert result.exit_code == 0
-    for command in ("quantize", "eval", "generate", "bench", "recipes", "demo"):
+    for command in ("quantize", "eval", "generate", "serve", "export", "bench", "recipes", "demo"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "bench", "recipes", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "serve", "export", "bench", "recipes", "demo"])
 def test_help_of_command_exits_zero(run: Any, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

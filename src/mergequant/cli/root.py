@@ -16,10 +16,12 @@ from mergequant.cli.compare import compare
 from mergequant.cli.console import INTERRUPTED, quiet_libraries
 from mergequant.cli.demo import demo
 from mergequant.cli.eval import eval_command
+from mergequant.cli.export import export
 from mergequant.cli.generate import generate
 from mergequant.cli.group import Group
 from mergequant.cli.quantize import quantize
 from mergequant.cli.recipes import recipes
+from mergequant.cli.serve import serve
 from mergequant.errors import MergeQuantError, UsageError
 
 __all__ = ["main"]
@@ -77,5 +79,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (quantize, eval_command, compare, generate, bench, recipes, demo):
+for command in (quantize, eval_command, compare, generate, serve, export, bench, recipes, demo):
     main.add_command(command)

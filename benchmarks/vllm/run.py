@@ -1,0 +1,190 @@
+"""Ours against vLLM's own schemes in vLLM's engine: one process after another, in turns, one JSON file.
+
+    python benchmarks/vllm/run.py --shape llama-2-7b --out results.json
+    python benchmarks/vllm/run.py --shape llama-2-70b-layer --tensor-parallel 2 --schemes bf16,ours-w4a8 --out tp2.json
+
+Needs vLLM, this package with its plugin in the same environment, and an NVIDIA GPU. `--render FILE` prints the table of
+earlier results and needs neither.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from schemes import SCHEMES, SHAPES, Ours, write_folder
+
+HERE = Path(__file__).resolve().parent
+# column: part of the figures, its key, whether less is better, what the numbers are divided by
+COLUMNS: dict[str, tuple[str, str, bool, float]] = {
+    "prefill 1 x 2048, GPU ms": ("prefill_1", "gpu_ms", True, 1),
+    "prefill 16 x 2048, ktok/s": ("prefill_16", "tokens_per_second", False, 1e3),
+    "first token, ms": ("prefill_1", "wall_ms", True, 1),
+    "decode b1, GPU ms": ("decode_1", "gpu_ms", True, 1),
+    "decode b16, GPU ms": ("decode_16", "gpu_ms", True, 1),
+    "decode b64, GPU ms": ("decode_64", "gpu_ms", True, 1),
+    "16 x (2048, 128), tok/s": ("end_to_end", "tokens_per_second", False, 1),
+}
+
+
+def main() -> None:
+    """Measure, or render."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="comma-separated")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--kv", default="auto", choices=("auto", "fp8"), help="vLLM's cache")
+    parser.add_argument("--rounds", type=int, default=1, help="each scheme is measured as often, in turns")
+    parser.add_argument("--quick", action="store_true", help="no repetitions: to try the script")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for one scheme")
+    parser.add_argument("--folders", type=Path, default=Path(tempfile.gettempdir()) / "mergequant-vllm")
+    parser.add_argument("--out", type=Path, default=Path("vllm.json"))
+    parser.add_argument("--render", type=Path)
+    given = parser.parse_args()
+    if given.render:
+        print(table(json.loads(given.render.read_text(encoding="utf-8"))))
+        return
+    names = given.schemes.split(",")
+    if unknown := [name for name in names if name not in SCHEMES]:
+        parser.error(f"unknown schemes {', '.join(unknown)}; known are {', '.join(SCHEMES)}")
+    results: dict[str, Any] = {
+        "shape": given.shape,
+        "layers": given.layers,
+        "tensor_parallel": given.tensor_parallel,
+        "kv": given.kv,
+        "quick": given.quick,
+        "versions": versions(),
+        "command": " ".join(sys.argv),
+        "runs": [],
+    }
+    for number in range(given.rounds):
+        for name in names:
+            print(f"round {number + 1}: {name}", flush=True)
+            results["runs"].append({"scheme": name, "round": number, **_run(name, given)})
+            partial = given.out.with_name(given.out.name + ".tmp")
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            partial.replace(given.out)
+    print(table(results))
+
+
+def _run(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one scheme, from a process that must not outlive its time."""
+    kind = SCHEMES[name]
+    folder = write_folder(given.shape, name, given.folders, given.layers, "cuda")
+    settings = {
+        "arguments": {} if isinstance(kind, Ours) else kind.arguments,
+        "quick": given.quick,
+        "tensor_parallel": given.tensor_parallel,
+        "kv": given.kv,
+    }
+    out, log = given.folders / f"{name}.json", given.folders / f"{name}.log"
+    out.unlink(missing_ok=True)
+    started = time.time()
+    with log.open("wb") as file:
+        command = [sys.executable, str(HERE / "engine.py"), str(folder), str(out), json.dumps(settings)]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60 * given.minutes)
+        finally:
+            _end(process)
+    if not out.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return {"error": "no result; the log ends: " + " | ".join(lines[-5:])[-1000:]}
+    return {**json.loads(out.read_text(encoding="utf-8")), "seconds": round(time.time() - started, 1)}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the process with its workers, which are its own group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("vllm", "torch", "triton", "mergequant", "compressed-tensors", "humming-kernels"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def summarise(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each scheme: mean over rounds of each column, the spread, the kernels, and what is wrong.
+
+    A scheme that another kernel served than the one that its name says is no rival: its fault names both.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(run["scheme"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["scheme"] == name]
+        faults = [run["error"] for run in runs if "error" in run]
+        kernels = sorted({kernel for run in runs for worker in run.get("workers", ()) for kernel in worker["kernels"]})
+        wanted = SCHEMES[name].kernel
+        if not faults and wanted and not any(wanted.lower() in kernel.lower() for kernel in kernels):
+            faults.append(f"served by {', '.join(kernels) or 'nothing known'}, not by {wanted}")
+        row: dict[str, Any] = {"kernels": kernels, "fault": "; ".join(faults), "values": {}, "spread": {}}
+        for column, (part, key, _, unit) in COLUMNS.items():
+            values = [run[part][key] / unit for run in runs if run.get(part, {}).get(key)]
+            if values:
+                row["values"][column] = sum(values) / len(values)
+                row["spread"][column] = (max(values) - min(values)) / row["values"][column]
+        weights = [sum(worker["weight_gib"] for worker in run["workers"]) for run in runs if "workers" in run]
+        if weights:
+            row["values"]["weights GiB"] = weights[0]
+        found[name] = row
+    return found
+
+
+def ratios(summary: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[float, str]]]:
+    """For each scheme of ours and column: how much better than the best sound rival (above 1 = better), and which."""
+    out: dict[str, dict[str, tuple[float, str]]] = {}
+    rivals = {n: row for n, row in summary.items() if not isinstance(SCHEMES[n], Ours) and not row["fault"]}
+    for name, row in summary.items():
+        if not isinstance(SCHEMES[name], Ours):
+            continue
+        out[name] = {}
+        for column, (_, _, less, _) in COLUMNS.items():
+            others = {rival: own["values"][column] for rival, own in rivals.items() if column in own["values"]}
+            if column in row["values"] and others:
+                best = min(others, key=others.__getitem__) if less else max(others, key=others.__getitem__)
+                mine = row["values"][column]
+                out[name][column] = (others[best] / mine if less else mine / others[best], best)
+    return out
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: figures, ratios to the best rival, and what went wrong."""
+    summary = summarise(results)
+    columns = ["weights GiB", *COLUMNS]
+    lines = [
+        f"{results['shape']}, tensor parallel {results['tensor_parallel']}, cache {results['kv']}, "
+        f"vLLM {results['versions'].get('vllm')}",
+        "",
+        "| scheme | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in summary.items():
+        cells = [f"{row['values'][column]:.4g}" if column in row["values"] else "-" for column in columns]
+        lines.append(f"| {name}{' (!)' if row['fault'] else ''} | " + " | ".join(cells) + " |")
+    for name, own in ratios(summary).items():
+        told = ", ".join(f"{column} {ratio:.2f}x of {best}" for column, (ratio, best) in own.items())
+        lines.append(f"\n{name} against the best rival: {told or 'nothing to compare with'}")
+    lines += [f"\n(!) {name}: {row['fault']}" for name, row in summary.items() if row["fault"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
