@@ -9,6 +9,7 @@ DEFAULT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn-w4-groups": ("rtn", {"activation_bits": 16, "group_size": 4}),
     "gptq": ("gptq", {}),
     "gptq-w3-zeros": ("gptq", {"weight_bits": 3, "group_size": 4, "zeros": True}),
+    "gptq-moving-groups": ("gptq", {"group_size": 4, "static_groups": False, "activation_order": False}),
     "gptq-w4a4": ("gptq", {"activation_bits": 4, "activation_clip": True}),
     "mergequant": ("mergequant", {}),
     "mergequant-bare": ("mergequant", {"split": 0, "clip": "none", "compensation": "none", "rounding": "rtn"}),

@@ -42,12 +42,14 @@ def gptq(
     damping: float = 0.01,
     activation_clip: bool = False,
     zeros: bool = False,
+    static_groups: bool = True,
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """GPTQ; weight-only by default.
 
     weight_bits; activation_bits (16 = weight-only, else a dynamic scale per token); group_size (0 = a scale per row);
     clip: search row ranges; activation_order; damping; activation_clip: search the per-token clip ratio;
-    zeros: an integer zero point per row or group, weight-only.
+    zeros: an integer zero point per row or group, weight-only; static_groups: scales of groups from the weights as they
+    were (false: when their turn comes, from compensated weights, with activation_order=false).
     """
     steps: list[Step] = []
     if activation_bits < FLOAT_BITS:
@@ -61,6 +63,7 @@ def gptq(
             damping=damping,
             activation_order=activation_order,
             zeros=zeros,
+            static_groups=static_groups,
         )
     )
     return tuple(steps), "none"

@@ -70,6 +70,8 @@ class Round(SiteStep):
         outliers: share of the weights that stay in 16 bits beside the codes; only for "quantease" and float inputs.
         whole_columns: outliers are columns, not single weights.
         dense: store codes of 2, 3, 5, 6 or 7 bits in as many bits, not in 4 or 8.
+        static_groups: with groups, GPTQ takes their scales from the weights as they were. False: when it comes to them,
+            from weights that already make up for others' errors; that needs the natural order.
     """
 
     name: ClassVar[str] = "round"
@@ -90,6 +92,7 @@ class Round(SiteStep):
     dense: bool = False
     outliers: float = 0.0
     whole_columns: bool = False
+    static_groups: bool = True
 
     def group_of(self, width: int) -> int:
         """Group size for a row of `width` columns; 0 = a scale per row."""
@@ -98,6 +101,11 @@ class Round(SiteStep):
     def __post_init__(self) -> None:
         if self.method not in get_args(RoundingName):
             raise RecipeError(f"round: method {self.method!r}{near_name(self.method, get_args(RoundingName))}")
+        if not self.static_groups and (self.method != "gptq" or self.activation_order or self.levels == 2):
+            raise RecipeError(
+                "round: scales of groups that follow compensated weights (static_groups=False) are for method gptq, "
+                "one level, in the natural order; set activation_order=False"
+            )
         if self.levels not in (1, 2) or (self.levels == 2 and self.bits != TWO_LEVEL_BITS):
             raise RecipeError(f"round: levels {self.levels} with {self.bits} bits; two levels are for 4-bit weights")
         if self.levels == 2 and self.method == "quantease":
@@ -170,7 +178,9 @@ class Round(SiteStep):
                 share = OutlierShare(self.outliers, self.whole_columns)
                 return quantease_outliers(weight, gram, quantizer, share, descent)
             return quantease(weight, gram, quantizer, descent)
-        return rtn(weight, quantizer) if inverse is None else gptq(weight, inverse, quantizer)
+        if inverse is None:
+            return rtn(weight, quantizer)
+        return gptq(weight, inverse, quantizer, static_groups=self.static_groups)
 
 
 def held_out_error(context: SiteContext, tokens: int = 2048) -> float:
