@@ -44,6 +44,9 @@ class Lines:
     def block(self, index: int, total: int, name: str, figures: Mapping[str, float]) -> None:
         """Nothing."""
 
+    def progress(self, text: str) -> None:
+        """Nothing."""
+
 
 def rows_of(report: mergequant.Comparison, suite: Suite) -> list[dict[str, Any]]:
     """Rows of the results from the cells of a comparison."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mergequant.pipeline.run import Silent
 from mergequant.recipes import get_recipe, list_recipes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -151,3 +152,8 @@ def test_recipes_that_are_not_there_are_left_out_with_the_reason(capsys: pytest.
     assert "did you mean 'weight_bits'" in known["left_out"]["b"]
     assert known["expected"]["gptq"][0]["nll_increase"] == pytest.approx(0.0697, abs=1e-3)
     assert "left out: a:" in capsys.readouterr().err
+
+
+def test_reporter_of_the_script_has_all_that_runs_call() -> None:
+    calls = {name for name in dir(Silent) if not name.startswith("_")}
+    assert calls <= set(dir(_load("accuracy").Lines))
