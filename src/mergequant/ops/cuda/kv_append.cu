@@ -190,7 +190,8 @@ kv_append(const u16* __restrict__ qkv, const float* __restrict__ cosines, const 
     if (first >= end) return;
     const int stored_end = min(end, capacity);
     const u64 head_start = ((u64)row * key_heads + key_head) * capacity;
-    const int slot = ONE ? start : max(first, min(end - 1, group_start + own));  // lanes go round together: they exchange sums
+    // Lanes without a token go round with the others, which exchange sums with them.
+    const int slot = ONE ? start : max(first, min(end - 1, group_start + own));
     const bool active = ONE || slot == group_start + own;
     const u64 token = (u64)row * tokens + (slot - start);
     if (!ONE) {

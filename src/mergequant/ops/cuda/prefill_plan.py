@@ -20,7 +20,7 @@ LEAST_RANGE = 4  # k-blocks of a program's share of divided tiles; shorter ones 
 
 # The model of one multiprocessor, fitted to every plan of the linear layers of Llama-2-7B with 4-bit weights and 64 ..
 # 2048 tokens (NVIDIA H200, launches overlapped). It meets the plans within 10 % of the best to 4 % (root mean square),
-# and what it chose took at most 3 % longer than the best. 8-bit weights, other shapes and other chips are extrapolated.
+# and what it chose took at most 4 % longer than the best. 8-bit weights, other shapes and other chips are extrapolated.
 CLOCK = 1.7e9  # under the power limit
 MULTIPLIES = 4096  # int8 multiply-adds of a cycle
 # Each half of a block waits for its operands to be unpacked while only the other half multiplies. In small tiles that
