@@ -36,6 +36,8 @@ def do(job: tuple[str, int]) -> tuple[str, int, int]:
         os._exit(3)
     if what == "raise":
         raise DataError(f"no text {number}")
+    if what == "card":
+        return (os.environ["CARD"], number, os.getpid())
     if what == "odd":
         raise _OddError(1, 2)
     return (what, number, os.getpid())
@@ -70,6 +72,15 @@ def test_groups_stay_in_one_process_and_deaths_cost_one_job() -> None:
 def test_what_a_job_raises_is_raised_here(what: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         list(work_off([[(what, 7)], [("a", 1)]], 2, do, gone))
+
+
+@pytest.mark.slow
+def test_processes_take_environments_in_turn() -> None:
+    groups = [[("card", number)] for number in range(6)]
+    records = list(work_off(groups, 3, do, gone, [{"CARD": "a"}, {"CARD": "b"}]))
+    cards = {pid: card for card, _, pid in records}
+    assert sorted(cards.values()) == ["a", "a", "b"]
+    assert "CARD" not in os.environ
 
 
 @pytest.mark.slow

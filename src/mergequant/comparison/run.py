@@ -9,6 +9,7 @@ A cell whose record is there is not run again; nor is a recipe quantized again w
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -80,7 +81,7 @@ def compare(
         bos: whether windows begin with BOS; None = if the tokenizer has one.
         kv_bits: 16, or 8 or 4 to measure through a quantized cache.
         device: what computes.
-        workers: processes; more than one share the CPU's cores.
+        workers: processes; more than one share the CPU's cores and, with device "cuda", all GPUs that are visible.
         reporter: shown the progress.
 
     A recipe that this model cannot serve becomes a row with the reason, and is not tried with further seeds.
@@ -171,7 +172,16 @@ def _side_by_side(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]
     labels = list(dict.fromkeys(job.label for job in jobs))
     for job in sorted(jobs, key=lambda job: labels.index(job.label)):
         groups.setdefault(job.checkpoint, []).append(job)  # two labels may mean one recipe; one writer per checkpoint
-    return work_off(list(groups.values()), workers, run_cell, _lost)
+    return work_off(list(groups.values()), workers, run_cell, _lost, _gpus(jobs[0].ground.device))
+
+
+def _gpus(device: str) -> list[dict[str, str]]:
+    """Variables that show a process one of the visible GPUs; none if the device is no GPU, or one by its number."""
+    if device != "cuda":
+        return []
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in (named[:count] or map(str, range(count)))]
 
 
 def _lost(job: Job, how: str) -> dict[str, Any]:

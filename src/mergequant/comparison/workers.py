@@ -6,9 +6,10 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
@@ -37,6 +38,7 @@ def work_off(
     workers: int,
     run: Callable[[Job], Record],
     lost: Callable[[Job, str], Record],
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[Record]:
     """Records of all jobs as they come; the jobs of a group run one after another, in one process.
 
@@ -48,19 +50,21 @@ def work_off(
         workers: how many processes at most.
         run: makes a record of a job.
         lost: makes the record of a job whose process died, from the job and how it died. The rest of its group goes on.
+        environments: variables set in a process before it meets a job; the processes take them in turn.
 
     Raises:
         Exception: what `run` raised, after all processes were ended.
     """
     context = multiprocessing.get_context("spawn")
     threads = max((os.cpu_count() or 1) // workers, 1)
+    turns = cycle(environments or ({},))
     waiting = deque(deque(group) for group in groups if group)
     idle: list[_Worker[Job]] = []
     busy: dict[Connection, _Worker[Job]] = {}
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                worker = idle.pop() if idle else _start(context, run, threads)
+                worker = idle.pop() if idle else _start(context, run, threads, next(turns))
                 worker.left = waiting.popleft()
                 busy[worker.pipe] = worker
                 _send(worker)
@@ -89,9 +93,14 @@ def work_off(
             _end(worker)
 
 
-def _start(context: multiprocessing.context.SpawnContext, run: Callable[[Job], Record], threads: int) -> _Worker[Job]:
+def _start(
+    context: multiprocessing.context.SpawnContext,
+    run: Callable[[Job], Record],
+    threads: int,
+    environment: Mapping[str, str],
+) -> _Worker[Job]:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, run, threads), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, run, threads, dict(environment)), daemon=True)
     process.start()
     theirs.close()  # else its end would never be seen
     return _Worker(process, ours)
@@ -113,8 +122,9 @@ def _end(worker: _Worker[Job]) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
-def _serve(pipe: Connection, run: Callable[[Job], Record], threads: int) -> None:
+def _serve(pipe: Connection, run: Callable[[Job], Record], threads: int, environment: Mapping[str, str]) -> None:
     """What a process does: one job after another, until the other end is closed."""
+    os.environ.update(environment)  # CUDA reads its own when it starts, which is at the first job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
