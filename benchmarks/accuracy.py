@@ -1,7 +1,7 @@
 """Accuracy of the recipes and of each ingredient, on a trained model, with several calibration seeds.
 
     python benchmarks/accuracy.py --model MODEL --calibration TRAIN.txt --eval TEST.txt [--eval OTHER.txt]
-        [--suite main|ablations|all|kv|family] [--only LABEL ...] [--seeds 3] [--windows 24]
+        [--suite main|ablations|all|kv|family|weights] [--only LABEL ...] [--seeds 3] [--windows 24]
         [--device cuda] [--workers 4] [--work DIR] --out RESULTS.json
 
 Suites of recipes for `mergequant.compare`, which runs them: 128 calibration windows of 512 tokens, and the first
@@ -60,6 +60,7 @@ def rows_of(report: mergequant.Comparison, suite: Suite) -> list[dict[str, Any]]
         row |= {key: cell[key] for key in ("seed", "seconds", "kv_bits", "activation_bits", "peak_memory_bytes")}
         row["device"] = machine(report)["device"]
         row |= {key: round(cell[key], 4) for key in ("linear_bits_per_parameter", "bits_per_parameter")}
+        row["sites"] = cell["site_figures"]
         row["eval"] = {
             name: {
                 "d": found["nll_increase"],

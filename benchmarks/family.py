@@ -4,12 +4,15 @@ The runs are those of `accuracy.py --suite family`, and of `planted.py`.
 """
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "GOAL_TEXT",
+    "MODELS",
     "Order",
+    "Reader",
     "absent",
     "judge",
     "marks",
@@ -17,7 +20,9 @@ __all__ = [
     "orders",
     "papers",
     "planted",
+    "provenance",
     "values",
+    "verdicts",
 ]
 
 GOAL_TEXT = "wikitext2_test"
@@ -40,11 +45,18 @@ ABOUT: dict[str, tuple[float, float]] = {"smoothquant W4A4": (0.31, 0.37), "outl
 
 @dataclass(frozen=True)
 class Order:
-    """D of `left` is at most `factor` (one for each of `MODELS`) times that of `right`."""
+    """A figure of `left` is at most `factor` (one for each model, or one for all) times that of `right`."""
 
     left: str
     right: str
-    factor: tuple[float, float] = (1.0, 1.0)
+    factor: tuple[float, ...] = (1.0,)
+
+    def __str__(self) -> str:
+        scaled = "" if set(self.factor) == {1.0} else " x " + " / x ".join(f"{one:.3g}" for one in self.factor)
+        return f"{self.left} <= {self.right}{scaled}"
+
+
+Reader = Callable[[str, str, str], list[float]]  # of a label, a model and what is measured: its values over seeds
 
 
 ORDERS = (
@@ -56,12 +68,15 @@ ORDERS = (
     Order("flatquant, prefix", QUAROT_MORE),
     Order(PLUS, "flatquant"),
     Order(PLUS, "flatquant, prefix"),
+    Order(f"{PLUS}, o/d with token scales", "flatquant, prefix"),
+    Order(f"{PLUS}, fine-tuned", PLUS),
     Order(PLUS, "prefixquant"),
     *(
         Order(f"{name} {bits}", f"{SMOOTH} {bits}")
         for name in (OS_PLUS, "qllm", "outliertune")
         for bits in ("W6A6", "W4A4")
     ),
+    *(Order(f"{OS_PLUS} {bits}, token clips", f"{SMOOTH} {bits}, token clips") for bits in ("W6A6", "W4A4")),
     Order("mergequant", "outliertune W4A4"),
 )
 
@@ -88,6 +103,15 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
 
 
+def provenance(runs: dict[str, Any]) -> str:
+    """Where the runs' texts and figures come from."""
+    machine = ", ".join(f"{key} {value}" for key, value in runs["machine"].items())
+    return (
+        f"Calibration: {runs['protocol']['calibration']}. Evaluation: {runs['protocol']['evaluation']}. Made by "
+        f"`{runs['command']}` on {machine}."
+    )
+
+
 def marks(runs: dict[str, Any]) -> str:
     """Marks that single recipes were to reach, and the figures of a prototype."""
     lines = ["| recipe | asked | `ref` | `ref_outlier` |", "|---|---|---|---|"]
@@ -107,23 +131,30 @@ def marks(runs: dict[str, Any]) -> str:
 def orders(runs: dict[str, Any]) -> str:
     """Ordering claims, each judged on both models and all texts, with the spread over seeds."""
     texts = list(dict.fromkeys(name for row in runs["rows"] for name in row["eval"]))
-    columns = [f"{model}, {text}" for model in MODELS for text in texts]
+    return verdicts(ORDERS, MODELS, texts, lambda label, model, text: values(runs, label, model, text))
+
+
+def verdicts(
+    claims: Sequence[Order], models: Sequence[str], measured: Sequence[str], read: Reader, name: str = "D"
+) -> str:
+    """A table: a row per claim, a column per model and what is measured, which the note below calls `name`."""
+    columns = [f"{model}, {what}" for model in models for what in measured]
     lines = ["| claim | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for order in ORDERS:
-        scaled = "" if set(order.factor) == {1.0} else " x " + " / x ".join(f"{one:g}" for one in order.factor)
+    for claim in claims:
+        factors = claim.factor * (len(models) // len(claim.factor))
         cells = []
-        for model, factor in zip(MODELS, order.factor):
-            for text in texts:
-                left, right = (values(runs, label, model, text) for label in (order.left, order.right))
+        for model, factor in zip(models, factors, strict=True):
+            for what in measured:
+                left, right = (read(label, model, what) for label in (claim.left, claim.right))
                 if left and right:
                     ratio = statistics.mean(left) / statistics.mean(right)
                     cells.append(f"{judge(left, right, factor)} ({ratio:.2f}x)")
                 else:
                     cells.append("not measured")
-        lines.append(f"| {order.left} <= {order.right}{scaled} | " + " | ".join(cells) + " |")
+        lines.append(f"| {claim} | " + " | ".join(cells) + " |")
     note = (
-        "In brackets D of the left one over D of the right one, means over seeds. Within the spread: the seeds' ranges "
-        "overlap."
+        f"In brackets {name} of the left one over that of the right one, means over seeds. Within the spread: the "
+        "seeds' ranges overlap."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -166,7 +197,7 @@ def planted(runs: dict[str, Any]) -> str:
             cells.append(f"**{shown}**" if label in runs["winners"][name] else shown)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     told = [f"- {name}: {text}" for name, text in runs["structures"].items()]
-    claims = ["| claim | KL of the one over the other's, worst seeds | asked | |", "|---|---|---|---|"]
+    claims = ["| claim | KL of the one over the other's, worst seed | asked | |", "|---|---|---|---|"]
     for claim in runs["claims"]:
         verdict = "holds" if claim["holds"] else ": ".join(filter(None, ("**fails**", claim["why"])))
         claims.append(f"| {claim['text']} | {claim['ratio']:.2f} | <= {claim['factor']:g} | {verdict} |")

@@ -27,6 +27,7 @@ from mergequant.bench.machine import describe_device, versions
 from mergequant.bench.shapes import named_shape
 from mergequant.bench.timing import capture, times
 from mergequant.integrations.transformers.serve import serve
+from mergequant.runtime import DecoderShape
 
 TURNS = 5
 ALLOWED = 1.10
@@ -58,13 +59,12 @@ def main() -> None:
     sys.exit(report["ratio"] > ALLOWED)
 
 
-def make(name: str, layers: int | None, out: Path) -> Path:
-    """A checkpoint of a named shape with random weights."""
-    shape = named_shape(name)
-    config = LlamaConfig(
+def llama(shape: DecoderShape, layers: int) -> LlamaConfig:
+    """The config of a Llama model of some shape."""
+    return LlamaConfig(
         hidden_size=shape.channels,
         intermediate_size=shape.ffn,
-        num_hidden_layers=layers or shape.layers,
+        num_hidden_layers=layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_width,
@@ -75,6 +75,12 @@ def make(name: str, layers: int | None, out: Path) -> Path:
         eos_token_id=2,
         dtype="bfloat16",
     )
+
+
+def make(name: str, layers: int | None, out: Path) -> Path:
+    """A checkpoint of a named shape with random weights."""
+    shape = named_shape(name)
+    config = llama(shape, layers or shape.layers)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()

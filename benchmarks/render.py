@@ -1,6 +1,6 @@
-"""Tables of docs/results.md from the runs under benchmarks/results/.
+"""Tables and pictures of docs/results.md from the runs under benchmarks/results/.
 
-    python benchmarks/render.py            # rewrite the tables in docs/results.md
+    python benchmarks/render.py            # rewrite the tables in docs/results.md, draw pictures that are out of date
     python benchmarks/render.py --check    # exit 1 if the document and the runs disagree
 
 The document holds markers `<!-- KIND:FILE -->` and `<!-- end -->`, KIND being a key of `MAKERS`; what stands between
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import family
+import weights
 from family import GOAL_TEXT, mean_and_spread
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "results.md"
+PICTURES = DOCUMENT.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTION = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Increase of the mean NLL on `ref` and `ref_outlier`: to accept, to aim for, and beyond (None: not set).
@@ -68,7 +70,6 @@ def table(runs: dict[str, Any]) -> str:
 
 def _protocol(runs: dict[str, Any], models: list[str], texts: list[str]) -> str:
     """How and where the figures of a table were made."""
-    machine = ", ".join(f"{key} {value}" for key, value in runs["machine"].items())
     seeds = len({row["seed"] for row in runs["rows"]})
     spread = (
         f"mean of {seeds} calibration seeds ± half of highest minus lowest" if seeds > 1 else "one calibration seed"
@@ -76,11 +77,7 @@ def _protocol(runs: dict[str, Any], models: list[str], texts: list[str]) -> str:
     runs_of = Counter((row["model"], row["label"], row.get("kv_bits", 16)) for row in runs["rows"])
     if seeds > 1 and 1 in runs_of.values():
         spread += ", one seed where no spread is given"
-    return (
-        f"D in nats, {spread}. KL and top-1 agreement on {texts[0]}, {' / '.join(models)}. Calibration: "
-        f"{runs['protocol']['calibration']}. Evaluation: {runs['protocol']['evaluation']}. Made by `{runs['command']}` "
-        f"on {machine}."
-    )
+    return f"D in nats, {spread}. KL and top-1 agreement on {texts[0]}, {' / '.join(models)}. {family.provenance(runs)}"
 
 
 def _of_model(rows: list[dict[str, Any]], model: str, text: str, key: str, form: str) -> str:
@@ -471,6 +468,10 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "papers": family.papers,
     "absent": family.absent,
     "planted": family.planted,
+    "weights": weights.orders,
+    "layers": weights.layers,
+    "pareto": weights.pareto,
+    "times": weights.times,
     "kv": kv,
     "linear": linear,
     "cpu_decode": cpu_decode,
@@ -490,14 +491,15 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "backends": backends,
 }
 NOT_RUN = "Not measured yet; `{}` makes the run on a machine with a GPU.\n"
-FAMILY = (
-    "python benchmarks/accuracy.py --suite family --model ref --model ref_outlier --calibration wikitext2_train.txt "
-    "--eval wikitext2_test.txt --eval wiki2018.txt --seeds 3 --device cuda --workers 16 "
-    "--out benchmarks/results/family.json"
+ACCURACY = (
+    "python benchmarks/accuracy.py --suite {0} --model {1} --calibration wikitext2_train.txt --eval wikitext2_test.txt "
+    "--eval wiki2018.txt --seeds 3 --device cuda --workers 16 --out benchmarks/results/{0}.json"
 )
 COMMANDS = {  # that make a run, by its file; `mergequant bench` has a script
     "elementwise.json": "python benchmarks/tune_elementwise.py --json benchmarks/results/elementwise.json",
-    "family.json": FAMILY,
+    "family.json": ACCURACY.format("family", " --model ".join(family.MODELS)),
+    "weights.json": ACCURACY.format("weights", " --model ".join(weights.MODELS)),
+    "block_time.json": "python benchmarks/block_time.py --out benchmarks/results/block_time.json",
     "planted.json": "python benchmarks/planted.py",
     "generate.json": "python benchmarks/generate.py --shape llama-2-7b --layers 16",
     "elementwise_backends.json": "python benchmarks/elementwise_backends.py",
@@ -523,10 +525,16 @@ def main() -> None:
     arguments = parser.parse_args()
     before = DOCUMENT.read_text()
     after = rendered(before)
+    drawn = [RESULTS / name for _, kind, name, _ in SECTION.findall(before) if kind == "pareto"]
+    stale = [
+        path for path in drawn if path.is_file() and weights.stale_pictures(json.loads(path.read_text()), PICTURES)
+    ]
     if arguments.check:
-        if before != after:
-            sys.exit("docs/results.md and benchmarks/results/ disagree; run `python benchmarks/render.py`")
+        if before != after or stale:
+            sys.exit("docs/ and benchmarks/results/ disagree; run `python benchmarks/render.py`")
         return
+    for path in stale:
+        weights.draw_pareto(json.loads(path.read_text()), PICTURES)
     DOCUMENT.write_text(after)
 
 

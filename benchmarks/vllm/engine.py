@@ -42,8 +42,13 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # greedy; FlashInfer may be missing
     import probes
     from vllm import LLM
+
+    from mergequant.integrations.vllm import register
+
+    register()  # as the entry point does where the package is installed
 
     whole = any(folder.glob("*.safetensors"))
     return LLM(

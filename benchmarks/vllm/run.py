@@ -2,6 +2,7 @@
 
     python benchmarks/vllm/run.py --shape llama-2-7b --out results.json
     python benchmarks/vllm/run.py --shape llama-2-70b-layer --tensor-parallel 2 --schemes bf16,ours-w4a8 --out tp2.json
+    python benchmarks/vllm/run.py --gpus 4 --out results.json  # four schemes at a time, each on a GPU of its own
 
 Needs vLLM, this package with its plugin in the same environment, and an NVIDIA GPU. `--render FILE` prints the table of
 earlier results and needs neither.
@@ -16,12 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from schemes import SCHEMES, SHAPES, Ours, write_folder
 
 HERE = Path(__file__).resolve().parent
+Result = TypeVar("Result")
+PROCESSES: set["subprocess.Popen[bytes]"] = set()  # engines that run now
 # column: part of the figures, its key, whether less is better, what the numbers are divided by
 COLUMNS: dict[str, tuple[str, str, bool, float]] = {
     "prefill 1 x 2048, GPU ms": ("prefill_1", "gpu_ms", True, 1),
@@ -41,6 +47,10 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="comma-separated")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--gpus", type=int, help="of this host; as many schemes run at a time as fit. Default: one")
+    parser.add_argument(
+        "--path", action="append", default=[], metavar="SCHEME=FOLDER", help="in PYTHONPATH, for this scheme alone"
+    )
     parser.add_argument("--kv", default="auto", choices=("auto", "fp8"), help="vLLM's cache")
     parser.add_argument("--rounds", type=int, default=1, help="each scheme is measured as often, in turns")
     parser.add_argument("--quick", action="store_true", help="no repetitions: to try the script")
@@ -52,33 +62,100 @@ def main() -> None:
     if given.render:
         print(table(json.loads(given.render.read_text(encoding="utf-8"))))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # engines are ended, too
     names = given.schemes.split(",")
     if unknown := [name for name in names if name not in SCHEMES]:
         parser.error(f"unknown schemes {', '.join(unknown)}; known are {', '.join(SCHEMES)}")
+    try:
+        places = gpu_groups(given.gpus or given.tensor_parallel, given.tensor_parallel)
+    except ValueError as error:
+        parser.error(str(error))
     results: dict[str, Any] = {
         "shape": given.shape,
         "layers": given.layers,
         "tensor_parallel": given.tensor_parallel,
+        "at_a_time": len(places),
         "kv": given.kv,
         "quick": given.quick,
         "versions": versions(),
         "command": " ".join(sys.argv),
         "runs": [],
     }
+    folders = _folders(names, given)
     for number in range(given.rounds):
-        for name in names:
-            print(f"round {number + 1}: {name}", flush=True)
-            results["runs"].append({"scheme": name, "round": number, **_run(name, given)})
+        for name, figures in side_by_side(names, places, lambda name, gpus: _run(name, folders[name], gpus, given)):
+            print(f"round {number + 1}: {name}, {figures.get('error') or figures['seconds']}", flush=True)
+            results["runs"].append({"scheme": name, "round": number, **figures})
+            results["runs"].sort(key=lambda run: (run["round"], names.index(run["scheme"])))
             partial = given.out.with_name(given.out.name + ".tmp")
             partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             partial.replace(given.out)
+        places = places[1:] + places[:1]  # a scheme meets another GPU in each round
     print(table(results))
 
 
-def _run(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one scheme, from a process that must not outlive its time."""
+def gpu_groups(gpus: int, each: int) -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES: disjoint groups of `each` of the first GPUs that this process may use.
+
+    Raises:
+        ValueError: fewer GPUs than a scheme needs, or than this process may use.
+    """
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = [str(number) for number in range(gpus)] if allowed is None else allowed.split(",")
+    if not each <= gpus <= len(known):
+        raise ValueError(f"--gpus {gpus}: a scheme needs {each}, and CUDA_VISIBLE_DEVICES is {allowed}")
+    return [",".join(known[first : first + each]) for first in range(0, gpus - each + 1, each)]
+
+
+def side_by_side(
+    names: Sequence[str], places: Sequence[str], run: Callable[[str, str], Result]
+) -> Iterator[tuple[str, Result]]:
+    """run(name, place) for each name, in their order, as many at a time as there are places, each on one of its own.
+
+    Yields names with results, as they are done.
+    """
+    free: SimpleQueue[str] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def take(name: str) -> Result:
+        place = free.get()
+        try:
+            return run(name, place)
+        finally:
+            free.put(place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        waiting = {pool.submit(take, name): name for name in names}
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(PROCESSES):
+                _end(process)
+            raise
+
+
+def _folders(names: Sequence[str], given: argparse.Namespace) -> dict[str, Path]:
+    """All folders, before anything is measured; by processes of their own, which leave nothing on the GPU."""
+    source = (
+        "import json, sys; from pathlib import Path; from schemes import write_folder; "
+        "shape, name, root, layers = json.loads(sys.argv[1]); write_folder(shape, name, Path(root), layers, 'cuda')"
+    )
+
+    def write(name: str) -> None:
+        asked = json.dumps([given.shape, name, str(given.folders.resolve()), given.layers])
+        subprocess.run([sys.executable, "-c", source, asked], cwd=HERE, check=True)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, [name for name in names if isinstance(SCHEMES[name], Ours)]))
+    return {name: write_folder(given.shape, name, given.folders, given.layers) for name in names}
+
+
+def _run(name: str, folder: Path, gpus: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one scheme on these GPUs, from a process that must not outlive its time."""
     kind = SCHEMES[name]
-    folder = write_folder(given.shape, name, given.folders, given.layers, "cuda")
     settings = {
         "arguments": {} if isinstance(kind, Ours) else kind.arguments,
         "quick": given.quick,
@@ -90,16 +167,22 @@ def _run(name: str, given: argparse.Namespace) -> dict[str, Any]:
     started = time.time()
     with log.open("wb") as file:
         command = [sys.executable, str(HERE / "engine.py"), str(folder), str(out), json.dumps(settings)]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        paths = [path for scheme, _, path in (each.partition("=") for each in given.path) if scheme == name]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
+        own = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(paths)}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own, start_new_session=True)
+        PROCESSES.add(process)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60 * given.minutes)
         finally:
             _end(process)
+            PROCESSES.discard(process)
+    taken = {"gpus": gpus, "seconds": round(time.time() - started, 1)}
     if not out.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return {"error": "no result; the log ends: " + " | ".join(lines[-5:])[-1000:]}
-    return {**json.loads(out.read_text(encoding="utf-8")), "seconds": round(time.time() - started, 1)}
+        return {"error": "no result; the log ends: " + " | ".join(lines[-5:])[-1000:], **taken}
+    return {**json.loads(out.read_text(encoding="utf-8")), **taken}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

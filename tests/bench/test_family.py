@@ -1,41 +1,18 @@
 """Tables and claims of the channel family from made-up runs, and the suites of benchmarks/suites.py."""
 
-import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from accuracy_runs import load, rows
 from mergequant.pipeline.run import Silent
 from mergequant.recipes import get_recipe, list_recipes
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def _load(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def family() -> ModuleType:
-    return _load("family")
-
-
-def _rows(label: str, recipe: str, model: str, values: list[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "label": label, "recipe": recipe, "model": model, "seed": seed, "seconds": 30.0, "activation_bits": 4.0,
-            "linear_bits_per_parameter": 4.1,
-            "eval": {
-                text: {"d": d, "float_perplexity": 30.0, "kl_mean": d, "top1_agreement": 0.9}
-                for text in ("wikitext2_test", "wiki2018")
-            },
-        }
-        for seed, d in enumerate(values)
-    ]  # fmt: skip
+    return load("family")
 
 
 @pytest.fixture
@@ -43,10 +20,10 @@ def runs() -> dict[str, Any]:
     figure = {"metric": "WikiText-2 perplexity", "value": 6.1, "setting": "big (float 5.47)", "source": "paper"}
     return {
         "rows": [
-            *_rows("quarot", "quarot", "ref", [0.06, 0.07, 0.08]),
-            *_rows("quarot", "quarot", "ref_outlier", [0.12, 0.13, 0.14]),
-            *_rows("mergequant-plus", "mergequant-plus", "ref", [0.05, 0.06, 0.07]),
-            *_rows("mergequant-plus", "mergequant-plus", "ref_outlier", [0.05, 0.06, 0.07]),
+            *rows("quarot", "quarot", "ref", [0.06, 0.07, 0.08]),
+            *rows("quarot", "quarot", "ref_outlier", [0.12, 0.13, 0.14]),
+            *rows("mergequant-plus", "mergequant-plus", "ref", [0.05, 0.06, 0.07]),
+            *rows("mergequant-plus", "mergequant-plus", "ref_outlier", [0.05, 0.06, 0.07]),
         ],
         "order": ["quarot", "mergequant-plus"],
         "machine": {"device": "GPU"},
@@ -118,17 +95,17 @@ def test_planted_table_shows_winners_and_claims_that_fail(family: ModuleType) ->
 
 
 def test_family_table_has_widths_and_times_where_the_runs_have(runs: dict[str, Any]) -> None:
-    table = _load("render").table(runs)
+    table = load("render").table(runs)
     assert "| linear bits | act bits | s |" in table
     assert "| 4.10 | 4.0 | 30 |" in table
     assert "| - | - | 16 | 16 | - |" in table
     for row in runs["rows"]:
         del row["activation_bits"]
-    assert "act bits" not in _load("render").table(runs)
+    assert "act bits" not in load("render").table(runs)
 
 
 def test_every_label_that_is_judged_is_in_the_suite_and_every_recipe_is_measured(family: ModuleType) -> None:
-    suites = _load("suites")
+    suites = load("suites")
     labels = {*family.MARKS, *family.ABOUT, *(label for order in family.ORDERS for label in (order.left, order.right))}
     assert labels <= set(suites.SUITES["family"])
     measured = {recipe for suite in suites.SUITES.values() for recipe, _ in suite.values()}
@@ -137,13 +114,13 @@ def test_every_label_that_is_judged_is_in_the_suite_and_every_recipe_is_measured
 
 @pytest.mark.parametrize("suite", ["all", "kv", "family", "weights"])
 def test_settings_of_suites_fit_the_recipes(suite: str) -> None:
-    for name, settings in _load("suites").SUITES[suite].values():
+    for name, settings in load("suites").SUITES[suite].values():
         if name in list_recipes():
             get_recipe(name).with_settings(settings)
 
 
 def test_recipes_that_are_not_there_are_left_out_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy = _load("accuracy")
+    accuracy = load("accuracy")
     known: dict[str, Any] = {}
     suite = {"a": ("gtpq", {}), "b": ("gptq", {"weight_bit": 3}), "c": ("gptq", {"weight_bits": 3})}
     found = accuracy.available(suite, known)
@@ -156,4 +133,4 @@ def test_recipes_that_are_not_there_are_left_out_with_the_reason(capsys: pytest.
 
 def test_reporter_of_the_script_has_all_that_runs_call() -> None:
     calls = {name for name in dir(Silent) if not name.startswith("_")}
-    assert calls <= set(dir(_load("accuracy").Lines))
+    assert calls <= set(dir(load("accuracy").Lines))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,3 +106,50 @@ def test_summary_takes_the_best_rival_that_its_own_kernel_served(modules: tuple[
     text = run.table(results)
     assert "| fp8 (!) | - |" in text
     assert "(!) fp8: no memory" in text
+
+
+def test_schemes_run_side_by_side_each_on_gpus_of_its_own(modules: tuple[ModuleType, ModuleType]) -> None:
+    _, run = modules
+    together, lock, taken, most = threading.Barrier(2, timeout=5), threading.Lock(), set[str](), [0]
+
+    def measure(name: str, place: str) -> str:
+        with lock:
+            assert place not in taken
+            taken.add(place)
+            most[0] = max(most[0], len(taken))
+        together.wait()  # nobody gets here alone
+        with lock:
+            taken.remove(place)
+        return f"{name} on {place}"
+
+    found = dict(run.side_by_side(["a", "b", "c", "d"], ["0", "1"], measure))
+    assert sorted(found) == ["a", "b", "c", "d"]
+    assert most == [2]
+    assert {text.rpartition(" ")[2] for text in found.values()} == {"0", "1"}
+
+
+def test_one_place_keeps_the_order_and_a_fault_ends_what_waits(modules: tuple[ModuleType, ModuleType]) -> None:
+    _, run = modules
+    started: list[str] = []
+    assert dict(run.side_by_side("abc", ["0"], lambda name, _: started.append(name))) == dict.fromkeys("abc")
+    assert started == ["a", "b", "c"]
+
+    def broken(name: str, _: str) -> str:
+        raise OSError("no memory")
+
+    with pytest.raises(OSError, match="no memory"):
+        list(run.side_by_side("abc", ["0"], broken))
+
+
+def test_gpus_are_cut_into_groups_of_those_that_may_be_used(
+    modules: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = modules
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run.gpu_groups(4, 1) == ["0", "1", "2", "3"]
+    assert run.gpu_groups(5, 2) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,2")
+    assert run.gpu_groups(2, 1) == ["6", "2"]
+    for gpus, each in ((3, 1), (1, 2)):
+        with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES is 6,2"):
+            run.gpu_groups(gpus, each)

@@ -15,7 +15,7 @@ from rich.console import Console
 import mergequant
 from mergequant.comparison import Comparison
 from mergequant.comparison.papers import PAPER_COLUMNS, paper_lines
-from mergequant.comparison.picture import Point, picture
+from mergequant.comparison.picture import Point, pareto_front, picture
 from mergequant.recipes import Figure, get_recipe
 
 PNG = b"\x89PNG"
@@ -153,6 +153,13 @@ def test_picture_of_any_signs(increases: list[float]) -> None:
     assert made.startswith(PNG)
 
 
+def test_front_has_no_point_that_another_undercuts() -> None:
+    points = [Point("a", 4.0, 0.1), Point("b", 3.0, 0.3), Point("c", 3.5, 0.3), Point("d", 4.0, 0.2), Point("e", 5, 0)]
+    assert [point.name for point in pareto_front(points)] == ["b", "a", "e"]
+    made = picture(points, "text", axis="bits", front=True, description="some words")
+    assert made is None or b"some words" in made
+
+
 def test_finished_run_leaves_three_tables_that_agree_and_a_picture(finished: Comparison) -> None:
     folder = finished.folder
     assert folder is not None
@@ -176,6 +183,7 @@ def test_finished_run_leaves_three_tables_that_agree_and_a_picture(finished: Com
         for key in ("nll_increase", "nll_increase_spread", "perplexity", "kl_mean", "top1_agreement", "seconds"):
             assert isinstance(row[key], float)
     assert written["rows"][1]["expected"][0]["value"] == 6.09
+    assert all(0 < cell["site_figures"]["output_error"] < 1 for cell in finished.cells)
     assert written["protocol"]["evaluation"]["second"]["samples"] == 2
 
 

@@ -13,7 +13,7 @@ from families import make_model
 from mergequant.checkpoint import open_checkpoint
 from mergequant.errors import CheckpointError, InputError, UsageError
 from mergequant.integrations.vllm.placement import Placement
-from mergequant.integrations.vllm.served import ServedLinear
+from mergequant.integrations.vllm.served import ServedLinear, ServedNorm
 from mergequant.integrations.vllm.sink import require_sink
 from mergequant.nn import PrefixSpec
 from vllm_stand_in import StandIn, logits, stand_ins
@@ -86,6 +86,17 @@ def test_logits_are_those_of_the_reference_loader(checkpoint: Make, label: str) 
             assert deviation(got, want) < SUMS, f"{size} GPUs"
         else:
             assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("label", RECIPES)
+def test_layers_run_for_few_tokens_before_the_first_request(checkpoint: Make, label: str) -> None:
+    _, models = served(checkpoint(label), 2)
+    for module in models[0].modules():
+        if isinstance(module, ServedNorm):
+            module.warm(torch.float32)
+        elif isinstance(module, ServedLinear):
+            module.gather = lambda x: torch.cat((x, x), -1)
+            module.warm()
 
 
 @pytest.mark.parametrize("family", ["llama_tied_wide_heads", "llama_no_gqa", "qwen2"])

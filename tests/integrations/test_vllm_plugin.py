@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pickle
 import re
 import tomllib
 from collections.abc import Callable
@@ -111,3 +112,20 @@ def test_config_is_parsed_and_a_damaged_checkpoint_refused(saved: Callable[..., 
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(CheckpointError):
         config.maybe_update_config(str(folder))
+
+
+@needs_vllm
+@pytest.mark.filterwarnings("default")  # vLLM and what it imports warn of their own affairs
+def test_a_worker_that_gets_the_config_knows_the_models(saved: Callable[..., Any]) -> None:
+    """vLLM starts workers as new processes and sends them its config; entry points need an installed package."""
+    from vllm.model_executor.models import ModelRegistry
+
+    from mergequant.integrations.vllm.config import MergeQuantConfig
+
+    _, folder = saved("llama", prefix=(1,))
+    sent = pickle.dumps(MergeQuantConfig.from_config(open_checkpoint(folder).config["quantization_config"]))
+    for name in plugin.ARCHITECTURES:
+        ModelRegistry.models.pop(name, None)
+    assert "model.layers.0.mlp.down_proj" in pickle.loads(sent).quantization.layers
+    for name in plugin.ARCHITECTURES:
+        assert ModelRegistry.models[name].module_name == plugin.MODELS

@@ -7,8 +7,6 @@ import torch
 
 from mergequant import ops
 from mergequant.errors import KernelError
-from mergequant.ops import backends
-from mergequant.ops.sparse_dense_linear import MOST_TOKENS
 from sparse_cases import OUTPUTS, WIDTH, layer_of, weight_of
 
 
@@ -32,20 +30,6 @@ def test_sparse_dense_linear_expect_the_product_of_the_decoded_weight() -> None:
 def test_sparse_dense_linear_when_registered_expect_schema_and_fake_to_agree(case: str) -> None:
     values = arguments(case)
     torch.library.opcheck(ops.sparse_dense_linear.overload, tuple(values.values()))
-
-
-def test_sparse_dense_linear_when_the_kernel_cannot_take_it_expect_torch_and_a_report(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(backends, "_reported", {})
-    values = arguments()
-    with backends.use_backend("triton"):
-        given = ops.sparse_dense_linear(*values.values())
-        ops.sparse_dense_linear(*{**values, "x": values["x"][:1, :MOST_TOKENS]}.values())
-    assert torch.equal(given, ops.sparse_dense_linear(*values.values()))
-    told = backends.reports("sparse_dense_linear")
-    assert any(f"more than {MOST_TOKENS} tokens" in report for report in told)
-    assert any("codes of 4 bits, not 3" in report for report in told)
 
 
 HOSTILE: dict[str, tuple[str, Any, str]] = {

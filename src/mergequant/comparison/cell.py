@@ -5,6 +5,7 @@ it hands on, JSON-ready, and is on disk before it is handed on.
 """
 
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Mapping
@@ -188,9 +189,20 @@ def _checkpoint(job: Job, reporter: Reporter | None) -> dict[str, Any]:
         "bits_per_parameter": done.figures["bits_per_parameter"],
         "linear_bits_per_parameter": done.figures["linear_bits_per_parameter"],
         "activation_bits": activation_bits(job.checkpoint),
+        "site_figures": _over_sites(done.figures["sites"]),
     }
     write_json(job.made, made)
     return made
+
+
+def _over_sites(blocks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Every figure that steps report of their sites, such as the relative error at the output: its mean."""
+    found: dict[str, list[float]] = {}
+    for sites in blocks.values():
+        for figures in sites.values():
+            for name, value in figures.items():
+                found.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def _measure(ground: Ground, checkpoint: Path) -> dict[str, Any]:

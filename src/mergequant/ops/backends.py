@@ -45,8 +45,15 @@ ELEMENTWISE_OPS = (
     "silu_mul_quant",
     "silu_mul_dynamic_quant",
 )
-TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read", "codebook_linear", "sparse_dense_linear")
-KERNEL_OPS = ("tiled_linear", "tiled_swiglu_quant", "kv_append", "kv_attention")
+TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read")
+KERNEL_OPS = (
+    "tiled_linear",
+    "tiled_swiglu_quant",
+    "kv_append",
+    "kv_attention",
+    "codebook_linear",
+    "sparse_dense_linear",
+)
 BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNEL_OPS, ("cuda", "triton", "torch")),
     "int4x4_linear": ("cuda", "torch"),

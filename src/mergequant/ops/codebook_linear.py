@@ -3,9 +3,10 @@
 weight[v * vector + i, order[c]] = book[group(c), index(v, c), i] (+ book[group(c), 2^bits + residual(v, c), i])
                                                                                                        (+ outlier)
 
-For few tokens a GPU reads the packed indices and gathers from the books, which stay in its caches: bits of the weight
-are then all that comes from memory. For more, reading every vector once per token costs more than writing the weight
-out: it is decoded, then multiplied (`MOST_TOKENS`).
+For few tokens a GPU reads the packed indices and looks vectors up in the books, which stay in its caches or in shared
+memory: bits of the weight are then all that comes from memory. The CUDA kernel does so once for up to 8 tokens, the
+Triton kernel once for each. For more tokens than `MOST_TOKENS` the weight is decoded by another Triton kernel, then
+multiplied.
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 
 from mergequant.grids import Outliers, decode_columns, unpack_indices
 from mergequant.grids.codebook import packed_words, vectors_for
-from mergequant.grids.outliers import column_numbers
+from mergequant.grids.outliers import column_numbers, row_numbers
 from mergequant.grids.sparse import restore_columns
-from mergequant.ops import backends
-from mergequant.ops._elementwise import kernels_for
+from mergequant.ops._elementwise import KERNEL_DTYPES
 from mergequant.ops._register import register_op
 from mergequant.ops._validate import require, require_float
+from mergequant.ops._weight_only import choose_kernel, decodes_by_triton, multiply_stored, places_of
 
 __all__ = ["MOST_TOKENS", "codebook_linear", "codebook_weight"]
 
-MOST_TOKENS = 2  # VPTQ's own limit for its kernel (tokens < 3); more are multiplied with the decoded weight
+NAME = "codebook_linear"
+# Tokens up to which each kernel runs; `benchmarks/weight_only.py` prints where it and decoding cross.
+MOST_TOKENS = {"cuda": 16, "triton": 2}
 PER_PART = 3  # numbers in `layout`: columns, bits, residual bits
 
 
@@ -58,7 +61,7 @@ def codebook_linear(
     Raises:
         KernelError: a dtype, shape or device that is not as above.
     """
-    name = "codebook_linear"
+    name = NAME
     require_float(name, "x", x)
     _check_weight(name, indices, books, layout, order, outliers, outputs)
     width = sum(layout[::PER_PART])
@@ -68,14 +71,38 @@ def codebook_linear(
         require(bias.shape == (outputs,), f"{name}: bias {tuple(bias.shape)} is not ({outputs},)")
         require(bias.dtype == x.dtype, f"{name}: bias is {bias.dtype}; pass {x.dtype}, as x is")
     tokens = x.numel() // width
-    kernels = kernels_for(name, name, x)
-    if kernels is not None and tokens > MOST_TOKENS:
-        backends.report_fallback(name, f"more than {MOST_TOKENS} tokens at once are multiplied with the decoded weight")
-        kernels = None
-    if kernels is not None:
-        result: Tensor = kernels.codebook_linear(x, indices, books, layout, order, outliers, bias, outputs)
-        return result
+    kernel = choose_kernel(NAME, x, tokens, lambda backend: _against(backend, x, books, layout, outliers, tokens))
+    if kernel == "cuda":
+        from mergequant.ops.cuda import codebook_linear as cuda
+
+        return cuda.linear(x, indices, books, layout, order, bias, outputs)
+    if kernel == "triton":
+        from mergequant.ops.triton import codebook_linear as kernels
+
+        return kernels.codebook_linear(x, indices, books, layout, order, outliers, bias, outputs)
+    if decodes_by_triton(NAME, x):
+        from mergequant.ops.triton import codebook_linear as kernels
+
+        weight = kernels.decode(indices, books, layout, outputs, torch.float32 if outliers else x.dtype)
+        if outliers:
+            columns = column_numbers(outliers[1])
+            places = columns if order is None else places_of(order)[columns]
+            weight[row_numbers(outliers[0]), places] += outliers[2].float()
+        return multiply_stored(x, weight.to(x.dtype), order, bias)
     return nn.functional.linear(x, _decoded(indices, books, layout, order, outliers, outputs).to(x.dtype), bias)
+
+
+def _against(
+    backend: str, x: Tensor, books: Sequence[Tensor], layout: Sequence[int], outliers: Sequence[Tensor], tokens: int
+) -> str | None:
+    """Why a backend's kernel does not take these arguments; None if it does."""
+    if tokens > MOST_TOKENS[backend]:
+        return f"more than {MOST_TOKENS[backend]} tokens at once are multiplied with the decoded weight"
+    if backend == "cuda":
+        from mergequant.ops.cuda import codebook_linear as cuda
+
+        return cuda.reason_against(x, books, layout, outliers)
+    return None if x.dtype in KERNEL_DTYPES else f"the kernel takes {KERNEL_DTYPES}, not {x.dtype}"
 
 
 @codebook_linear.register_fake

@@ -4,9 +4,9 @@ weight[n, order[k]] = (code[n, k] - zero[n, k / group]) * scale[n, k / group]   
 y[t, n] = sum_j x[t, j] * weight[n, j] (+ bias[n])
 
 Scales and zero points have 16 bits each, or are codes on a second-level grid that a tile of rows shares
-(`grids/second_level.py`). The reference decodes the weight and multiplies. The Triton kernel reads codes and outliers
-as they are, once for each token; above `MOST_TOKENS` tokens decoding once and one dense product are cheaper, so that is
-what runs there, and is reported once.
+(`grids/second_level.py`). The reference decodes the weight and multiplies. Kernels read codes and outliers as they are:
+the CUDA one once for up to 16 tokens, the Triton one once for each. Above `MOST_TOKENS` tokens decoding once, by
+another Triton kernel, and one dense product are cheaper, so that is what runs there, and is reported once.
 """
 
 import torch
@@ -19,18 +19,17 @@ from mergequant.grids.outliers import COLUMN_MASK
 from mergequant.grids.quantizer import decode
 from mergequant.grids.second_level import decode_statistics, tiles_of
 from mergequant.grids.sparse import restore_columns
-from mergequant.ops import backends
 from mergequant.ops._register import register_op
 from mergequant.ops._validate import require, require_float
+from mergequant.ops._weight_only import choose_kernel, decodes_by_triton, multiply_stored, places_of
 
 __all__ = ["MOST_TOKENS", "decode_sparse", "sparse_dense_linear"]
 
 NAME = "sparse_dense_linear"
 KERNEL_BITS = 4  # of a code as the kernel reads it: two share a byte
 NIBBLE = 15
-# Tokens up to which the kernel reads the weight once for each of them; `benchmarks/sparse_dense.py` prints where the
-# two ways cross on the machine at hand.
-MOST_TOKENS = 4
+# Tokens up to which each kernel runs; `benchmarks/weight_only.py` prints where it and decoding cross.
+MOST_TOKENS = {"cuda": 32, "triton": 2}
 
 
 @register_op
@@ -74,15 +73,26 @@ def sparse_dense_linear(
     if bias is not None:
         require(bias.shape == (codes.shape[0],), f"{NAME}: bias {tuple(bias.shape)} is not (outputs,)")
     tokens = x.numel() // max(width, 1)
-    if backends.choose(NAME, x.device) == "triton" and tokens:
-        against = _against(scale, pointers, columns, bits, width, tokens)
-        if against is None:
-            from mergequant.ops.triton import sparse_dense
+    kernel = choose_kernel(
+        NAME, x, tokens, lambda name: _against(name, x, codes, scale, pointers, columns, bits, tile, tokens)
+    )
+    if kernel == "cuda":
+        from mergequant.ops.cuda import sparse_dense as cuda
 
-            return sparse_dense.linear(x, codes, scale, zero, statistics, order, pointers, columns, values, bias, tile)
-        backends.report_fallback(NAME, f"torch runs, {against}")
+        return cuda.linear(x, codes, scale, zero, statistics, order, pointers, columns, values, bias, tile)
+    if kernel == "triton":
+        from mergequant.ops.triton import sparse_dense
+
+        return sparse_dense.linear(x, codes, scale, zero, statistics, order, pointers, columns, values, bias, tile)
+    own = None if bias is None else bias.to(x.dtype)
+    if decodes_by_triton(NAME, x):
+        from mergequant.ops.triton import sparse_dense
+
+        places = None if order is None else places_of(order)
+        parts = (codes, scale, zero, statistics, places, pointers, columns, values)
+        return multiply_stored(x, sparse_dense.decode(*parts, bits, tile, width, x.dtype), order, own)
     weight = decode_sparse(codes, scale, zero, statistics, order, pointers, columns, values, bits, tile, width)
-    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return nn.functional.linear(x, weight.to(x.dtype), own)
 
 
 @sparse_dense_linear.register_fake
@@ -127,12 +137,24 @@ def decode_sparse(
 
 
 def _against(
-    scale: Tensor, pointers: Tensor | None, columns: Tensor | None, bits: int, width: int, tokens: int
+    name: str,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    pointers: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    tile: int,
+    tokens: int,
 ) -> str | None:
-    """Why the kernel does not take these arguments; None if it does."""
-    group = width // scale.shape[1]
-    if tokens > MOST_TOKENS:
-        return f"which is faster for more than {MOST_TOKENS} tokens"
+    """Why a backend's kernel does not take these arguments; None if it does."""
+    if tokens > MOST_TOKENS[name]:
+        return f"more than {MOST_TOKENS[name]} tokens at once are multiplied with the decoded weight"
+    if name == "cuda":
+        from mergequant.ops.cuda import sparse_dense as cuda
+
+        return cuda.reason_against(x, codes, scale, pointers, columns, bits, tile)
+    group = x.shape[-1] // scale.shape[1]
     if bits != KERNEL_BITS:
         return f"the kernel reads codes of {KERNEL_BITS} bits, not {bits}"
     if group < 4 or group & (group - 1):

@@ -10,7 +10,8 @@ so that two CPU cores do.
 
 Measured on `ref` (16 calibration windows of 512 tokens, first 8 windows of the WikiText-2 test text, one seed) with
 prefix=bos: increase of the mean NLL 0.044, KL 0.049; `quarot` with prefix=bos and activation_clip=search on the same:
-0.048, 0.058. What `start=random` and longer training make of it is yet to be measured.
+0.048, 0.058. With 128 windows and three seeds: 0.045; `start=random` 0.043, on the other text 0.048 instead of
+0.043: noise (docs/results.md). Longer training is not measured.
 """
 
 from typing import Literal

@@ -8,13 +8,11 @@ Norm -> linear sites: ranges per channel; strong channels split; ranges clipped 
 into the norm's multiplier and the weights' columns; weak channels dropped (or the width padded); least squares; GPTQ on
 the codes. Inputs of o_proj and down_proj, which no norm makes, are a parameter of their own (`other`).
 
-`flatquant` is ahead of `mergequant-plus` on `ref` (D 0.044, one seed, against 0.051; KL 0.049 against 0.055). Most of
-that in the blocks looked at is its dynamic scale at o/d: with one there, blocks 1 and 4 lose 0.0244 / 0.0376 of the
-energy they add, FlatQuant's 0.0252 / 0.0391, fully static ones 0.0310 / 0.0407 (16 calibration windows of 512 tokens, 8
-held-out ones, prefix, no compensation, one run). On whole models it is less clear: with token scales at o/d and no
-prefix KL is 0.050, but D 0.0491 (three seeds). `fine_tune` trains the steps and a scale in front of the rotation: block
-1 loses 0.0288 instead of 0.0303. That is a part of the gap, in one block of one run; on `tiny` D did not move beyond
-noise (0.092 against 0.090, the other text 0.110 against 0.124, one seed), on `ref` it is not measured: off.
+`flatquant` is ahead of `mergequant-plus` on the reference models (D 0.045 on both, against 0.051 and 0.056). That is
+its dynamic scale at o/d: with one there (`other=hadamard`) `mergequant-plus` has 0.048 and 0.045, a KL of 0.047 and
+0.044 against 0.048 and 0.044 (three seeds of most, docs/results.md). Fully static stays the default: it needs no search
+at run time. `fine_tune` trains the steps and a scale in front of the rotation: block 1 of `ref` loses 0.0288 instead of
+0.0303, the whole model 0.0533 against 0.0508 and on the other text 0.0492 against 0.0529: noise; off.
 """
 
 from typing import Any, Literal

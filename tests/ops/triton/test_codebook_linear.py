@@ -40,12 +40,22 @@ def test_kernel_when_interpreted_expect_reference(label: str, tokens: int, monke
     torch.testing.assert_close(given, ops.codebook_linear(x, **arguments(weight), bias=bias), rtol=1e-5, atol=1e-4)
 
 
-def test_op_when_tokens_are_many_expect_decoded_weight_and_a_report() -> None:
-    weight = CASES["v8"]
+@pytest.mark.parametrize("label", CASES)
+def test_decode_when_interpreted_expect_the_bits_of_the_reference(label: str) -> None:
+    weight = CASES[label]
+    given = arguments(weight)
+    found = kernels.decode(given["indices"], given["books"], given["layout"], weight.outputs, torch.float32)
+    expected = torch.cat([own.decode(weight.outputs) for own in weight.parts], 1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("label", ["v8", "mixed"])
+def test_op_when_tokens_are_many_expect_decoded_weight_and_a_report(label: str) -> None:
+    weight = CASES[label]
     x = torch.randn(3, weight.width)
     with use_backend("triton"):
         given = ops.codebook_linear(x, **arguments(weight), bias=None)
-    assert torch.equal(given, ops.codebook_linear(x, **arguments(weight), bias=None))
+    torch.testing.assert_close(given, ops.codebook_linear(x, **arguments(weight), bias=None), rtol=1e-5, atol=1e-4)
     assert any("decoded weight" in reason for reason in backends.reports("codebook_linear"))
 
 

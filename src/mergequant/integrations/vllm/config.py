@@ -9,9 +9,11 @@ from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from mergequant.checkpoint import QUANT_METHOD, Quantization, open_checkpoint
 from mergequant.errors import UsageError
+from mergequant.integrations.vllm import register
 from mergequant.integrations.vllm.install import SERVED
 from mergequant.integrations.vllm.report import Report
 from mergequant.integrations.vllm.served import ServedLinear
@@ -35,6 +37,11 @@ class MergeQuantConfig(QuantizationConfig):
         super().__init__()
         self.quantization = Quantization.from_dict(data)
         self.report = Report()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker process: the models come with the config, even where no entry point was found."""
+        self.__dict__.update(state)
+        register()
 
     def get_name(self) -> str:
         """The checkpoint's `quant_method`."""
@@ -136,9 +143,11 @@ class MergeQuantLinearMethod(LinearMethodBase):
         layer.add_module(SERVED, served)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Tile the weights."""
+        """Tile the weights, and build the kernels that read them."""
         served: ServedLinear = getattr(layer, SERVED)
         served.finish()
+        if current_platform.is_cuda():
+            served.warm()
         layer.register_parameter("bias", None)  # the checkpoint's own, in float32, is inside
         self.report.add(served.kernel())
 

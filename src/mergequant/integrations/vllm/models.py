@@ -15,11 +15,13 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.platforms import current_platform
 
 from mergequant.errors import UsageError
 from mergequant.integrations.vllm.config import CACHE_NOTE, MergeQuantConfig
 from mergequant.integrations.vllm.install import install
 from mergequant.integrations.vllm.placement import Placement
+from mergequant.integrations.vllm.served import ServedNorm
 from mergequant.integrations.vllm.shards import Share
 from mergequant.integrations.vllm.sink import Sink
 
@@ -35,6 +37,7 @@ class _Served:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         self._placement: Placement | None = None
         self._sink: tuple[Sink, ...] = ()
+        self._dtype = vllm_config.model_config.dtype
         config = vllm_config.quant_config
         if not isinstance(config, MergeQuantConfig):
             return
@@ -59,6 +62,9 @@ class _Served:
             return super().load_weights(weights)  # type: ignore[misc]
         loaded = super().load_weights(self._placement.take(weights))  # type: ignore[misc]
         self._placement.require_all()
+        for module in self.modules() if current_platform.is_cuda() else ():  # type: ignore[attr-defined]
+            if isinstance(module, ServedNorm):
+                module.warm(self._dtype)
         return loaded | self._placement.filled
 
     def forward(

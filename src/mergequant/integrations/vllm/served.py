@@ -21,6 +21,7 @@ from mergequant.ops import backends
 __all__ = ["Kernel", "ServedLinear", "ServedNorm"]
 
 GATE_GROUP = 8  # rows that `ops.interleave_rows` keeps together
+WARM_TOKENS = tuple(2**n for n in range(8))  # kernels for fewer than 128 rows differ by the power of two at most
 QUANTIZER = ("multiplier", "index", "shift", "left", "right")
 SERVED_FIELDS = {
     "outputs",
@@ -67,6 +68,13 @@ class ServedNorm(QuantNorm):
             return ops.add_rmsnorm(hidden, residual, self.multiplier, spec.eps, self.shift), residual
         codes = ops.add_rmsnorm_quant(hidden, residual, self.multiplier, self.index, self.shift, spec.eps, spec.bits)
         return codes, residual
+
+    def warm(self, dtype: torch.dtype) -> None:
+        """Run for few tokens, in `dtype`, so that no request waits for a compiler: vLLM itself tries many tokens."""
+        for tokens in WARM_TOKENS:
+            hidden = torch.zeros(tokens, self.spec.channels, dtype=dtype, device=self.multiplier.device)
+            self(hidden)
+            self(hidden, torch.zeros_like(hidden))
 
     def place(self, placement: Placement) -> None:
         """Tell the loader where this norm's tensors go."""
@@ -221,6 +229,15 @@ class ServedLinear(nn.Module):
             return self._float_product(x)
         codes, scale = self._codes(x)
         return self._multiply(codes, scale)
+
+    def warm(self) -> None:
+        """As a norm's; on all GPUs at the same time, where the input is gathered."""
+        source, device = self.spec.input, (self.weight if self.floats else self.tiles).device
+        width, dtype = source.in_width // (self.share.size if self.cuts_columns else 1), self.dtype
+        if source.kind == "codes":
+            width, dtype = self.width, torch.int8
+        for tokens in WARM_TOKENS:
+            self(torch.zeros(tokens, 2 * width if self.gated else width, dtype=dtype, device=device))
 
     def kernel(self) -> Kernel:
         """What serves this layer."""

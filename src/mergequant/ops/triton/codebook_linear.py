@@ -1,4 +1,6 @@
-"""Triton version of `codebook_linear` for few tokens: indices are read once, vectors gathered from the books.
+"""Triton versions of `codebook_linear` for few tokens, and of decoding its weight for many.
+
+For few tokens indices are read once, vectors gathered from the books.
 
 A program takes some vectors of outputs and a stretch of columns of one part for one token, and writes its share of the
 sum; shares are added in a fixed order afterwards, so the result is the same on every run.
@@ -14,13 +16,14 @@ from torch import Tensor
 from mergequant.grids.codebook import vectors_for
 from mergequant.ops.triton.common import as_rows, launch, wait_for_predecessor
 
-__all__ = ["codebook_linear"]
+__all__ = ["codebook_linear", "decode"]
 
 TILE = 2048  # weights that a program decodes at a time
 LEAST_COLUMNS, MOST_COLUMNS = 32, 128  # of a tile
 PROGRAMS = 1024  # enough to fill a large GPU; columns are split until there are about as many
 WARPS = 4
 OUTLIERS_AT_ONCE = 32
+DECODED = 2048  # values that a program of `decode` writes, about
 
 
 @triton.jit
@@ -180,3 +183,79 @@ def _cut(columns: int, vector: int, outputs: int, tokens: int) -> tuple[int, int
     splits = max(1, min(triton.cdiv(columns, taken), PROGRAMS // max(programs, 1)))
     stretch = taken * triton.cdiv(triton.cdiv(columns, splits), taken)
     return rows, taken, triton.cdiv(columns, stretch)
+
+
+@triton.jit
+def _decode(
+    words,
+    book,
+    out,
+    first_column,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    VECTOR_BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS_OF_GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    TAKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TAKEN + tl.arange(0, TAKEN)
+    lane = tl.arange(0, VECTOR_BLOCK)
+    alive = columns < COLUMNS
+    held = (lane < VECTOR)[None, :] & alive[:, None]
+    wait_for_predecessor(OVERLAP)
+    bit = (row * COLUMNS + columns) * (BITS + RESIDUAL_BITS)
+    word = bit >> 5
+    low = tl.load(words + word, mask=alive, other=0).to(tl.int64) & 0xFFFFFFFF
+    high = tl.load(words + word + 1, mask=alive & (word + 1 < WORDS), other=0).to(tl.int64)
+    both = (low | (high << 32)) >> (bit & 31)
+    base = (columns // COLUMNS_OF_GROUP * ENTRIES).to(tl.int64)
+    entry = (both & ((1 << BITS) - 1)) + base
+    weight = tl.load(book + entry[:, None] * VECTOR + lane[None, :], mask=held, other=0.0).to(tl.float32)
+    if RESIDUAL_BITS > 0:
+        second = ((both >> BITS) & ((1 << RESIDUAL_BITS) - 1)) + base + (1 << BITS)
+        weight += tl.load(book + second[:, None] * VECTOR + lane[None, :], mask=held, other=0.0).to(tl.float32)
+    outputs = row * VECTOR + lane
+    inside = ((lane < VECTOR) & (outputs < OUTPUTS))[:, None] & alive[None, :]
+    place = outputs[:, None] * WIDTH + first_column + columns[None, :]
+    tl.store(out + place, tl.trans(weight).to(out.dtype.element_ty), mask=inside)
+
+
+def decode(
+    indices: Sequence[Tensor], books: Sequence[Tensor], layout: Sequence[int], outputs: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (outputs, width) in stored order, without outliers."""
+    width = sum(layout[::3])
+    out = torch.empty((outputs, width), dtype=dtype, device=books[0].device)
+    first_column = 0
+    for number, (words, book) in enumerate(zip(indices, books)):
+        columns, bits, residual_bits = layout[3 * number : 3 * number + 3]
+        groups, entries, vector = book.shape
+        block = triton.next_power_of_2(vector)
+        taken = max(LEAST_COLUMNS, min(DECODED // block, triton.next_power_of_2(columns)))
+        launch(
+            _decode,
+            (vectors_for(outputs, vector), triton.cdiv(columns, taken)),
+            (words, book, out, first_column),
+            out.device,
+            WARPS,
+            WIDTH=width,
+            COLUMNS=columns,
+            OUTPUTS=outputs,
+            VECTOR=vector,
+            VECTOR_BLOCK=block,
+            BITS=bits,
+            RESIDUAL_BITS=residual_bits,
+            ENTRIES=entries,
+            COLUMNS_OF_GROUP=columns // groups,
+            WORDS=words.shape[0],
+            TAKEN=taken,
+        )
+        first_column += columns
+    return out

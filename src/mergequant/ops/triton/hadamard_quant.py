@@ -120,7 +120,7 @@ def _rotated(
     return total * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # any number of rows is one kernel; it ends a loop, no more
 def _rotate(
     x,
     inner,  # (INNER, INNER) of x's dtype (bfloat16 for float32), zero beyond (B, B)

@@ -1,8 +1,13 @@
-"""Triton version of `sparse_dense_linear`, for few tokens: codes and outliers are read as they are stored.
+"""Triton versions of `sparse_dense_linear` for few tokens, and of decoding its weight for many.
+
+`linear` reads codes and outliers as they are stored.
 
 A program makes some outputs of one token. Inside a group the scale is common, so a group costs a sum of code * x, a sum
 of x, and then one multiplication each: sum (code - zero) * scale * x = scale * (sum code * x - zero * sum x). Two codes
 share a byte; their inputs, of even and of odd columns, are loaded apart, so nothing is shuffled. All sums are float32.
+
+`decode` writes the weight in stored order of its columns, bit for bit what the reference makes and rounds: a sweep over
+all codes, then one over the outliers, which make their value anew and add to it before it is rounded.
 """
 
 from contextlib import nullcontext
@@ -12,13 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["linear"]
+from mergequant.grids import IntegerGrid
+from mergequant.grids.bitstream import stream_width
+from mergequant.ops.triton.common import launch, wait_for_predecessor
+
+__all__ = ["decode", "linear"]
 
 BLOCK_ROWS = 8
 GROUPS_COLUMNS = 512  # columns of a step along the row, about
 BLOCK_OUTLIERS = 32
 WARPS = 4
 LOWEST = -8  # code that 0 stands for
+DECODED_ROWS, DECODED_COLUMNS = 4, 512  # of a program
 
 
 @triton.jit
@@ -133,5 +143,169 @@ def linear(
             TILE=max(tile, 1),
             LOWEST=LOWEST,
             num_warps=WARPS,
+        )
+    return out
+
+
+@triton.jit
+def _value(
+    codes,
+    scale,
+    zero,
+    statistics,
+    rows,
+    places,
+    valid,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """float32 values of the dense part at rows (int64) and stored columns, by the reference's very operations."""
+    bit = places * BITS
+    byte = bit >> 3
+    stored = tl.load(codes + rows * BYTES + byte, mask=valid, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        more = tl.load(codes + rows * BYTES + byte + 1, mask=valid & (byte + 1 < BYTES), other=0).to(tl.int32)
+        stored = stored | (more << 8)
+    code = (((stored >> (bit & 7)) & ((1 << BITS) - 1)) + LOWEST).to(tl.float32)
+    group = places // GROUP
+    at = rows * GROUPS + group
+    if statistics is not None:
+        levels = tl.load(scale + at, mask=valid, other=0).to(tl.int32)
+        grid = statistics + ((rows // TILE) * GROUPS + group) * 4
+        step = (levels & 15).to(tl.float32) - tl.load(grid + 1, mask=valid, other=0.0).to(tl.float32)
+        step = tl.load(grid, mask=valid, other=0.0).to(tl.float32) * step
+        middle = (levels >> 4).to(tl.float32) - tl.load(grid + 3, mask=valid, other=0.0).to(tl.float32)
+        code = code - tl.load(grid + 2, mask=valid, other=0.0).to(tl.float32) * middle
+    else:
+        step = tl.load(scale + at, mask=valid, other=0.0).to(tl.float32)
+        if zero is not None:
+            code = code - tl.load(zero + at, mask=valid, other=0.0).to(tl.float32)
+    return code * step
+
+
+@triton.jit
+def _decode(
+    codes,
+    scale,
+    zero,
+    statistics,
+    out,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    places = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    valid = (rows < OUTPUTS) & (places < WIDTH)
+    wait_for_predecessor(OVERLAP)
+    value = _value(
+        codes, scale, zero, statistics, rows, places, valid, BYTES, GROUPS, WIDTH // GROUPS, TILE, BITS, LOWEST
+    )
+    tl.store(out + rows * WIDTH + places, value.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _add_outliers(
+    codes,
+    scale,
+    zero,
+    statistics,
+    places_of,
+    pointers,
+    columns,
+    values,
+    out,
+    COUNT: tl.constexpr,  # whole columns; 0: single values
+    WIDTH: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    TAKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_predecessor(OVERLAP)
+    if COUNT > 0:
+        begin = row * COUNT
+        end = begin + COUNT
+    else:
+        begin = tl.load(pointers + row).to(tl.int64)
+        end = tl.load(pointers + row + 1).to(tl.int64)
+    for start in range(begin, end, TAKEN):
+        number = start + tl.arange(0, TAKEN)
+        valid = number < end
+        named = number - begin if COUNT > 0 else number
+        places = tl.load(columns + named, mask=valid, other=0).to(tl.int32) & 0xFFFF
+        if places_of is not None:
+            places = tl.load(places_of + places, mask=valid, other=0).to(tl.int32)
+        value = _value(
+            codes, scale, zero, statistics, row, places, valid, BYTES, GROUPS, WIDTH // GROUPS, TILE, BITS, LOWEST
+        )
+        value += tl.load(values + number, mask=valid, other=0.0).to(tl.float32)
+        tl.store(out + row * WIDTH + places, value.to(out.dtype.element_ty), mask=valid)
+
+
+def decode(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    statistics: Tensor | None,
+    places: Tensor | None,
+    pointers: Tensor | None,
+    columns: Tensor | None,
+    values: Tensor | None,
+    bits: int,
+    tile: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight (outputs, width) in stored order; `places`: the stored position of each column, None = its own."""
+    outputs, groups = codes.shape[0], scale.shape[1]
+    out = torch.empty((outputs, width), dtype=dtype, device=codes.device)
+    constants = {
+        "WIDTH": width,
+        "BYTES": stream_width(width, bits),
+        "GROUPS": groups,
+        "TILE": max(tile, 1),
+        "BITS": bits,
+        "LOWEST": IntegerGrid(bits).low,
+    }
+    dense = (codes, scale, zero, statistics)
+    taken = min(DECODED_COLUMNS, triton.next_power_of_2(width))
+    launch(
+        _decode,
+        (triton.cdiv(outputs, DECODED_ROWS), triton.cdiv(width, taken)),
+        (*dense, out),
+        codes.device,
+        WARPS,
+        OUTPUTS=outputs,
+        **constants,
+        ROWS=DECODED_ROWS,
+        COLUMNS=taken,
+    )
+    if columns is not None and columns.shape[0]:
+        count = columns.shape[0] if pointers is None else 0
+        launch(
+            _add_outliers,
+            (outputs,),
+            (*dense, places, pointers, columns, values, out),
+            codes.device,
+            1,
+            COUNT=count,
+            **constants,
+            TAKEN=BLOCK_OUTLIERS,
         )
     return out

@@ -1,0 +1,109 @@
+// What the weight-only kernels share: pairs of float16, their tensor core instruction, and the inputs as `arrange.cu`
+// leaves them.
+//
+// Inputs are float16, each token times a power of two that brings its largest value below 2^14, so that no bfloat16
+// loses anything that counts. Columns stand in stored order, in chunks of 128, in which a lane t = lane % 4 of every
+// group of four meets columns 32 t .. 32 t + 31. Its operands of two mma.sync are 16 bytes: eight neighbouring columns
+// in the order 0 4 1 5 2 6 3 7, the one in which nibbles leave a word. Piece j of lane t lies at place 4 j + t.
+#pragma once
+#include "epilogue.cuh"
+
+constexpr int CHUNK = 128;                                    // columns
+constexpr int CHUNK_BYTES = 2 * CHUNK, PIECE_BYTES = 64;      // of a token; of the four lanes' pieces j
+constexpr int ROW_PAD = 64;                                   // bytes after a token: neighbours meet different banks
+constexpr int SUM_ROW = 20;                                   // words of 16 sums, padded against bank conflicts
+
+MQ_DEVICE int token_pitch(int width) { return (width + CHUNK - 1) / CHUNK * CHUNK_BYTES + ROW_PAD; }
+
+MQ_DEVICE u32 add_pair(u32 a, u32 b) {
+    u32 d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+MQ_DEVICE u32 subtract_pair(u32 a, u32 b) {
+    u32 d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+MQ_DEVICE u32 multiply_pair(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+MQ_DEVICE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// The low halves of two words, and the high ones.
+MQ_DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+MQ_DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// d (16 x 8, float32) += a (16 x 16, float16, rows) * b (16 x 8, float16, columns).  With g = lane / 4 and t = lane % 4:
+//   a0: row g, k 2t 2t+1     a1: row g + 8, the same k     a2: row g, k 2t+8 2t+9     a3: row g + 8, the same
+//   b0: column g, k 2t 2t+1  b1: column g, k 2t+8 2t+9     d: as of mma_s8
+MQ_DEVICE void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// BYTES of constants (1, 2, 4, 8 or 16) into words, through the read-only path; they stay in L1 for the next reader.
+template <int BYTES>
+MQ_DEVICE void load_constant(u32* to, const void* from) {
+    if constexpr (BYTES == 1) {
+        asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    } else if constexpr (BYTES == 2) {
+        u16 value;
+        asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(from));
+        to[0] = value;
+    } else if constexpr (BYTES == 4) {
+        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; ++i)
+            asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(to[4 * i]), "=r"(to[4 * i + 1]), "=r"(to[4 * i + 2]), "=r"(to[4 * i + 3])
+                         : "l"(static_cast<const U4*>(from) + i));
+    }
+}
+
+// BYTES (4, 8 or a multiple of 16) of shared memory.
+template <int BYTES>
+MQ_DEVICE void load_shared(u32* to, u32 from) {
+    if constexpr (BYTES == 4) {
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(from));
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from));
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; ++i)
+            asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(to[4 * i]), "=r"(to[4 * i + 1]), "=r"(to[4 * i + 2]), "=r"(to[4 * i + 3])
+                         : "r"(from + 16 * i));
+    }
+}
+
+// BYTES (4, 8 or a multiple of 16) that an earlier kernel wrote: not through the read-only path.
+template <int BYTES>
+MQ_DEVICE void load_written(u32* to, const void* from) {
+    if constexpr (BYTES == 4) {
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(to[0]) : "l"(from) : "memory");
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; ++i)
+            asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(to[4 * i]), "=r"(to[4 * i + 1]), "=r"(to[4 * i + 2]), "=r"(to[4 * i + 3])
+                         : "l"(static_cast<const U4*>(from) + i)
+                         : "memory");
+    }
+}

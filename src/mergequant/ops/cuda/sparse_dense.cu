@@ -1,0 +1,229 @@
+// Weight-only product for a few tokens: 4-bit codes in small groups, zero points, statistics that may be codes
+// themselves, and single outliers; y[m, n] = sum_k x[m, k] ((code[n, k] - zero) scale) + outliers.
+//
+// Bound by reading the weight once. A block takes 16 outputs at a time and its warps share k, as in gemm_stream.cu. In a
+// chunk of 128 columns a lane has the 16 bytes of 32 neighbouring codes of two rows, so statistics are made once, by the
+// lane that needs them; k of the tensor core stands for other columns in every lane, which the inputs' order
+// (half.cuh) makes good. Weights are made in float16: c - 8 exactly, then one fused multiply-add. All sums are float32.
+#include "half.cuh"
+
+constexpr int TOKENS = MQ_TOKENS;    // 1, 2, 4, 8 or 16: of a launch, at most
+constexpr int GROUP = MQ_GROUP;      // columns that share statistics: 8, 16 or a multiple of 32
+constexpr int KIND = MQ_KIND;        // 0: scales; 1: scales and zeros, both float16; 2: codes of both, and their grids
+constexpr bool SPARSE = MQ_SPARSE;   // there are outliers
+constexpr bool HALF = MQ_HALF;       // results are float16, else bfloat16
+constexpr int WARPS = MQ_WARPS;      // that share k
+constexpr int DEPTH = MQ_DEPTH;      // chunks in flight of a warp
+constexpr int BLOCKS = MQ_BLOCKS;    // of a multiprocessor, side by side
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
+constexpr int GROUPS = GROUP >= 32 ? 1 : 32 / GROUP;            // of the 32 codes of a lane
+constexpr int PAIRS = (GROUPS + 1) / 2;                         // of groups: statistics are made two by two
+constexpr int OWN = KIND == 2 ? 1 : (KIND + 1) * PAIRS;         // words of statistics of a row,
+constexpr int SHARED_GRIDS = KIND == 2 ? 2 * GROUPS : 1;        // and of those that a tile of rows shares
+constexpr int SUMS = TOKENS * SUM_ROW;                          // words of the sums of a warp
+constexpr int LANES = THREADS / 16;                             // threads that share the outliers of a row
+constexpr u32 MAGIC = 0x64006400u;                              // 1024, 1024: or-ing a nibble adds it, or 16 times it
+
+struct Piece {
+    U4 codes[2];  // rows g and g + 8
+    u32 own[2][OWN];
+    u32 grids[SHARED_GRIDS];
+};
+
+// Scale and -scale * zero, twice each, of the groups of a row.
+MQ_DEVICE void statistics_of(const u32 (&own)[OWN], const u32 (&grids)[SHARED_GRIDS], u32 (&scale)[2 * PAIRS],
+                             u32 (&offset)[2 * PAIRS]) {
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+        u32 step, zero = 0;
+        if constexpr (KIND == 2) {
+            const int first = 4 * p, second = GROUPS == 1 ? 0 : 4 * p + 2;
+            const u32 codes = __byte_perm(own[0], 0, p ? 0x4342 : 0x4140);  // a byte in each half
+            const u32 low = subtract_pair(codes & 0x000F000F | MAGIC, MAGIC);
+            const u32 high = multiply_add_pair(codes & 0x00F000F0 | MAGIC, 0x2C002C00, 0xD400D400);  // / 16 - 64
+            step = multiply_pair(low_halves(grids[first], grids[second]),
+                                 subtract_pair(low, high_halves(grids[first], grids[second])));
+            zero = multiply_pair(low_halves(grids[first + 1], grids[second + 1]),
+                                 subtract_pair(high, high_halves(grids[first + 1], grids[second + 1])));
+        } else {
+            step = own[p];
+            if constexpr (KIND == 1) zero = own[PAIRS + p];
+        }
+        const u32 product = KIND == 0 ? 0 : multiply_pair(step, zero ^ 0x80008000u);
+        scale[2 * p] = low_halves(step, step), scale[2 * p + 1] = high_halves(step, step);
+        offset[2 * p] = low_halves(product, product), offset[2 * p + 1] = high_halves(product, product);
+    }
+}
+
+// Eight codes of a word as weights, in the pairs 0 4, 1 5, 2 6, 3 7.
+MQ_DEVICE void weights_of(u32 (&to)[4], u32 word, u32 scale, u32 offset) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2, word >>= 8) {
+        const u32 low = subtract_pair(word & 0x000F000F | MAGIC, 0x64086408);                    // - 1032
+        const u32 high = multiply_add_pair(word & 0x00F000F0 | MAGIC, 0x2C002C00, 0xD480D480);  // / 16 - 72
+        to[i] = multiply_add_pair(low, scale, offset);
+        to[i + 1] = multiply_add_pair(high, scale, offset);
+    }
+}
+
+MQ_DEVICE u32 word_of(const U4& four, int j) { return j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids, const i32* pointers,
+             const u16* columns, const u16* values, const float* bias, const U4* image, const float* factors,
+             const u16* natural, u16* result, int rows, int outputs, int width, int tile_rows) {
+    extern __shared__ __align__(128) u8 shared[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int chunks = (width + CHUNK - 1) / CHUNK, tiles = (outputs + 15) / 16, groups = width / GROUP;
+    const int pitch = token_pitch(width);
+    // As in gemm_stream.cu: a multiple of DEPTH, so that places of the ring are known when compiling.
+    const int steps = ((chunks + WARPS - 1) / WARPS + DEPTH - 1) / DEPTH * DEPTH;
+
+    Piece ahead[DEPTH] = {};
+    auto request = [&](Piece& to, int tile, int step) {
+        const int chunk = warp + step * WARPS, column = chunk * CHUNK + t * 32;
+        if (tile >= tiles || chunk >= chunks) return;
+        to = {};  // past the end of a row weights are 0
+        if (column >= width) return;
+        const int group = column / GROUP;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = tile * 16 + g + r * 8;
+            if (row >= outputs) continue;
+            to.codes[r] = load_stream(codes + (static_cast<u64>(row) * width + column) / 2);
+            const u64 place = static_cast<u64>(row) * groups + group;
+            load_constant<KIND == 2 ? GROUPS : 2 * GROUPS>(to.own[r], scales + place * (KIND == 2 ? 1 : 2));
+            if constexpr (KIND == 1) load_constant<2 * GROUPS>(to.own[r] + PAIRS, zeros + place * 2);
+        }
+        if constexpr (KIND == 2)
+            load_constant<8 * GROUPS>(to.grids, grids + (static_cast<u64>(tile * 16 / tile_rows) * groups + group) * 8);
+    };
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) request(ahead[i], blockIdx.x, i);
+
+    // Outliers: LANES threads share a row. The first two of a thread are requested a tile ahead, where they begin two.
+    struct Stretch {
+        i32 begin, end;
+    };
+    const int sparse_row = threadIdx.x / LANES, sparse_lane = threadIdx.x % LANES;
+    auto stretch_of = [&](int tile) {
+        const int row = tile * 16 + sparse_row;
+        Stretch found = {0, 0};
+        if (row < outputs) {
+            load_constant<4>(reinterpret_cast<u32*>(&found.begin), pointers + row);
+            load_constant<4>(reinterpret_cast<u32*>(&found.end), pointers + row + 1);
+            found.begin += sparse_lane;
+        }
+        return found;
+    };
+    auto entry_of = [&](int place, int end) {
+        u32 column = 0, value = 0;
+        if (place < end) load_constant<2>(&column, columns + place), load_constant<2>(&value, values + place);
+        return column | value << 16;
+    };
+    Stretch now = {0, 0}, next = {0, 0};
+    u32 entries[2] = {};
+    if constexpr (SPARSE) {
+        now = stretch_of(blockIdx.x), next = stretch_of(blockIdx.x + gridDim.x);
+        entries[0] = entry_of(now.begin, now.end), entries[1] = entry_of(now.begin + LANES, now.end);
+    }
+
+    overlap_launch();
+    overlap_wait();
+    for (int i = threadIdx.x; i < rows * pitch / 16; i += THREADS)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared) + i * 16), "l"(image + i)
+                     : "memory");
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+
+    float* const buffers = reinterpret_cast<float*>(shared + rows * pitch);  // two of [WARPS + 1][TOKENS][SUM_ROW]
+    int buffer = 0;
+    u32 inputs[TOKEN_TILES];
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j)  // tokens past the last repeat it; their sums are not read
+        inputs[j] = shared_address(shared) + min(j * 8 + g, rows - 1) * pitch + t * 16;
+
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        float sum[2][TOKEN_TILES][4] = {};
+        for (int step = 0; step < steps; step += DEPTH) {
+            const bool ends = step + DEPTH == steps;  // then what is requested belongs to the next tile
+            const int next_tile = ends ? tile + gridDim.x : tile, next_step = ends ? 0 : step + DEPTH;
+#pragma unroll
+            for (int i = 0; i < DEPTH; ++i) {
+                const int chunk = warp + (step + i) * WARPS;
+                const Piece piece = ahead[i];
+                request(ahead[i], next_tile, next_step + i);
+                if (chunk >= chunks) continue;
+                u32 scale[2][2 * PAIRS], offset[2][2 * PAIRS];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) statistics_of(piece.own[r], piece.grids, scale[r], offset[r]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int group = j * GROUPS / 4;
+                    u32 weights[2][4];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+                        weights_of(weights[r], word_of(piece.codes[r], j), scale[r][group], offset[r][group]);
+#pragma unroll
+                    for (int k = 0; k < TOKEN_TILES; ++k) {
+                        u32 x[4];
+                        load_shared<16>(x, inputs[k] + chunk * CHUNK_BYTES + j * PIECE_BYTES);
+                        mma_f16(sum[0][k], weights[0][0], weights[1][0], weights[0][1], weights[1][1], x[0], x[1]);
+                        mma_f16(sum[1][k], weights[0][2], weights[1][2], weights[0][3], weights[1][3], x[2], x[3]);
+                    }
+                }
+            }
+        }
+        float* const sums = buffers + buffer * (WARPS + 1) * SUMS;
+#pragma unroll
+        for (int k = 0; k < TOKEN_TILES; ++k)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int token = k * 8 + t * 2 + i % 2, output = g + i / 2 * 8;
+                if (token < TOKENS) sums[warp * SUMS + token * SUM_ROW + output] = sum[0][k][i] + sum[1][k][i];
+            }
+        if constexpr (SPARSE) {
+            float own[TOKENS] = {};
+            auto add = [&](u32 entry) {
+                const float value = f16_high(entry);
+                const u16* const from = natural + static_cast<u64>(entry & 0xFFFF) * TOKENS;
+                if constexpr (TOKENS == 1) {
+                    own[0] += value * f16_low(*from);
+                } else {
+                    u32 x[(TOKENS + 1) / 2];
+                    load_written<2 * TOKENS>(x, from);
+#pragma unroll
+                    for (int k = 0; k < TOKENS / 2; ++k)
+                        own[2 * k] += value * f16_low(x[k]), own[2 * k + 1] += value * f16_high(x[k]);
+                }
+            };
+            if (now.begin < now.end) add(entries[0]);
+            if (now.begin + LANES < now.end) add(entries[1]);
+            for (int place = now.begin + 2 * LANES; place < now.end; place += LANES) add(entry_of(place, now.end));
+            now = next;
+            next = stretch_of(tile + 2 * gridDim.x);
+            entries[0] = entry_of(now.begin, now.end), entries[1] = entry_of(now.begin + LANES, now.end);
+#pragma unroll
+            for (int k = 0; k < TOKENS; ++k) {
+#pragma unroll
+                for (int distance = LANES / 2; distance; distance /= 2)
+                    own[k] += __shfl_xor_sync(0xFFFFFFFFu, own[k], distance);
+                if (sparse_lane == 0) sums[WARPS * SUMS + k * SUM_ROW + sparse_row] = own[k];
+            }
+        }
+        __syncthreads();  // two buffers: one barrier a tile is enough
+        for (int e = threadIdx.x; e < rows * 16; e += THREADS) {
+            const int token = e / 16, row = e % 16, output = tile * 16 + row;
+            if (output >= outputs) continue;
+            float total = 0.0f;
+#pragma unroll
+            for (int k = 0; k < WARPS + SPARSE; ++k) total += sums[k * SUMS + token * SUM_ROW + row];
+            total *= factors[token];
+            if (bias) total += bias[output];
+            result[static_cast<u64>(token) * outputs + output] = static_cast<u16>(pack_16bit<HALF>(total, 0.0f));
+        }
+        buffer ^= 1;
+    }
+}
