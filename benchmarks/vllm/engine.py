@@ -19,6 +19,7 @@ KV_GIB = 20.75
 PREFILL, DECODE_CONTEXT, NEW = 2048, 512, 128
 BATCHES = (1, 16, 64)
 TIMED_STEPS = 64
+POLL = 0.1  # seconds
 EMPTY_STEP = 0.5  # ms; a step without tokens takes less
 
 
@@ -30,10 +31,15 @@ def main() -> None:
         engine = build(folder, given)
         figures["start_seconds"] = time.perf_counter() - started
         figures["workers"] = engine.collective_rpc("probe_model")
+        out.with_suffix(".ready").touch()
+        while not out.with_suffix(".turn").exists():  # others on this GPU are still starting, or measuring
+            time.sleep(POLL)
         measure(engine, figures, quick=given["quick"])
     except Exception as error:  # another scheme shall still be measured
         figures["error"] = f"{type(error).__name__}: {error}"[:1000]
-    out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    partial.replace(out)
     os._exit(0)  # engines are slow to end
 
 

@@ -2,7 +2,10 @@
 
     python benchmarks/vllm/run.py --shape llama-2-7b --out results.json
     python benchmarks/vllm/run.py --shape llama-2-70b-layer --tensor-parallel 2 --schemes bf16,ours-w4a8 --out tp2.json
-    python benchmarks/vllm/run.py --gpus 4 --out results.json  # four schemes at a time, each on a GPU of its own
+    python benchmarks/vllm/run.py --gpus 2 --together 4 --out results.json
+
+With --gpus each GPU measures a scheme of its own; with --together so many engines of a GPU start side by side, which
+takes most of the time, and are then measured one after another while the others rest.
 
 Needs vLLM, this package with its plugin in the same environment, and an NVIDIA GPU. `--render FILE` prints the table of
 earlier results and needs neither.
@@ -26,7 +29,9 @@ from typing import Any, TypeVar
 from schemes import SCHEMES, SHAPES, Ours, write_folder
 
 HERE = Path(__file__).resolve().parent
+Job = TypeVar("Job")
 Result = TypeVar("Result")
+LOOK = 0.1  # seconds between looks at what an engine has written
 PROCESSES: set["subprocess.Popen[bytes]"] = set()  # engines that run now
 # column: part of the figures, its key, whether less is better, what the numbers are divided by
 COLUMNS: dict[str, tuple[str, str, bool, float]] = {
@@ -48,6 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--gpus", type=int, help="of this host; as many schemes run at a time as fit. Default: one")
+    parser.add_argument("--together", type=int, default=1, help="engines on a GPU, if its memory holds them")
     parser.add_argument(
         "--path", action="append", default=[], metavar="SCHEME=FOLDER", help="in PYTHONPATH, for this scheme alone"
     )
@@ -75,6 +81,7 @@ def main() -> None:
         "layers": given.layers,
         "tensor_parallel": given.tensor_parallel,
         "at_a_time": len(places),
+        "together": given.together,
         "kv": given.kv,
         "quick": given.quick,
         "versions": versions(),
@@ -82,10 +89,12 @@ def main() -> None:
         "runs": [],
     }
     folders = _folders(names, given)
+    batches = [tuple(names[first : first + given.together]) for first in range(0, len(names), given.together)]
     for number in range(given.rounds):
-        for name, figures in side_by_side(names, places, lambda name, gpus: _run(name, folders[name], gpus, given)):
-            print(f"round {number + 1}: {name}, {figures.get('error') or figures['seconds']}", flush=True)
-            results["runs"].append({"scheme": name, "round": number, **figures})
+        for batch, found in side_by_side(batches, places, lambda batch, gpus: _run(batch, folders, gpus, given)):
+            for name, figures in zip(batch, found):
+                print(f"round {number + 1}: {name}, {figures.get('error') or figures['seconds']}", flush=True)
+                results["runs"].append({"scheme": name, "round": number, **figures})
             results["runs"].sort(key=lambda run: (run["round"], names.index(run["scheme"])))
             partial = given.out.with_name(given.out.name + ".tmp")
             partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -108,25 +117,25 @@ def gpu_groups(gpus: int, each: int) -> list[str]:
 
 
 def side_by_side(
-    names: Sequence[str], places: Sequence[str], run: Callable[[str, str], Result]
-) -> Iterator[tuple[str, Result]]:
-    """run(name, place) for each name, in their order, as many at a time as there are places, each on one of its own.
+    jobs: Sequence[Job], places: Sequence[str], run: Callable[[Job, str], Result]
+) -> Iterator[tuple[Job, Result]]:
+    """run(job, place) for each job, in their order, as many at a time as there are places, each on one of its own.
 
-    Yields names with results, as they are done.
+    Yields jobs with results, as they are done.
     """
     free: SimpleQueue[str] = SimpleQueue()
     for place in places:
         free.put(place)
 
-    def take(name: str) -> Result:
+    def take(job: Job) -> Result:
         place = free.get()
         try:
-            return run(name, place)
+            return run(job, place)
         finally:
             free.put(place)
 
     with ThreadPoolExecutor(len(places)) as pool:
-        waiting = {pool.submit(take, name): name for name in names}
+        waiting = {pool.submit(take, job): job for job in jobs}
         try:
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
@@ -153,36 +162,65 @@ def _folders(names: Sequence[str], given: argparse.Namespace) -> dict[str, Path]
     return {name: write_folder(given.shape, name, given.folders, given.layers) for name in names}
 
 
-def _run(name: str, folder: Path, gpus: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one scheme on these GPUs, from a process that must not outlive its time."""
-    kind = SCHEMES[name]
-    settings = {
-        "arguments": {} if isinstance(kind, Ours) else kind.arguments,
-        "quick": given.quick,
-        "tensor_parallel": given.tensor_parallel,
-        "kv": given.kv,
-    }
-    out, log = given.folders / f"{name}.json", given.folders / f"{name}.log"
-    out.unlink(missing_ok=True)
-    started = time.time()
-    with log.open("wb") as file:
-        command = [sys.executable, str(HERE / "engine.py"), str(folder), str(out), json.dumps(settings)]
+def _run(names: Sequence[str], folders: dict[str, Path], gpus: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures of schemes on the same GPUs: their engines start together and are measured in turn."""
+    engines = [Engine(name, folders[name], gpus, given) for name in names]
+    try:
+        for engine in engines:
+            engine.wait_for(engine.ready)
+        return [engine.measure() for engine in engines]
+    finally:
+        for engine in engines:
+            engine.end()
+
+
+class Engine:
+    """A scheme's engine in a process of its own: it says when it is ready, waits for its turn, and is ended in time."""
+
+    def __init__(self, name: str, folder: Path, gpus: str, given: argparse.Namespace) -> None:
+        kind = SCHEMES[name]
+        settings = {
+            "arguments": {} if isinstance(kind, Ours) else kind.arguments,
+            "quick": given.quick,
+            "tensor_parallel": given.tensor_parallel,
+            "kv": given.kv,
+        }
+        self.gpus, self.limit, self.started = gpus, 60 * given.minutes, time.time()
+        self.out, self.log = given.folders / f"{name}.json", given.folders / f"{name}.log"
+        self.ready, self.turn = self.out.with_suffix(".ready"), self.out.with_suffix(".turn")
+        for old in (self.out, self.ready, self.turn):
+            old.unlink(missing_ok=True)
+        command = [sys.executable, str(HERE / "engine.py"), str(folder), str(self.out), json.dumps(settings)]
         paths = [path for scheme, _, path in (each.partition("=") for each in given.path) if scheme == name]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         own = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(paths)}
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own, start_new_session=True)
-        PROCESSES.add(process)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60 * given.minutes)
-        finally:
-            _end(process)
-            PROCESSES.discard(process)
-    taken = {"gpus": gpus, "seconds": round(time.time() - started, 1)}
-    if not out.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return {"error": "no result; the log ends: " + " | ".join(lines[-5:])[-1000:], **taken}
-    return {**json.loads(out.read_text(encoding="utf-8")), **taken}
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=own, start_new_session=True
+            )
+        PROCESSES.add(self.process)
+
+    def wait_for(self, path: Path) -> None:
+        """Until the file is there, the process has ended, or its time is over."""
+        end = time.monotonic() + self.limit
+        while not path.is_file() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(LOOK)
+
+    def measure(self) -> dict[str, Any]:
+        """Let it measure; its figures, or what went wrong."""
+        self.turn.touch()
+        self.wait_for(self.out)
+        self.end()
+        taken = {"gpus": self.gpus, "seconds": round(time.time() - self.started, 1)}
+        if not self.out.is_file():
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            return {"error": "no result; the log ends: " + " | ".join(lines[-5:])[-1000:], **taken}
+        return {**json.loads(self.out.read_text(encoding="utf-8")), **taken}
+
+    def end(self) -> None:
+        """End it with its workers."""
+        _end(self.process)
+        PROCESSES.discard(self.process)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

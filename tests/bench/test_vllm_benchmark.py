@@ -1,5 +1,6 @@
 """The benchmark inside vLLM, as far as it goes without vLLM: folders, random codes, tables."""
 
+import argparse
 import importlib
 import json
 import threading
@@ -139,6 +140,37 @@ def test_one_place_keeps_the_order_and_a_fault_ends_what_waits(modules: tuple[Mo
 
     with pytest.raises(OSError, match="no memory"):
         list(run.side_by_side("abc", ["0"], broken))
+
+
+ENGINE = """
+import json, os, sys, time
+from pathlib import Path
+out = Path(sys.argv[2])
+if out.stem == "fp8":
+    sys.exit("no such kernel")
+out.with_suffix(".ready").touch()
+while not out.with_suffix(".turn").exists():
+    time.sleep(0.01)
+ready = len(list(out.parent.glob("*.ready")))
+out.write_text(json.dumps({"ready": ready, "at": time.time(), "gpu": os.environ["CUDA_VISIBLE_DEVICES"]}))
+time.sleep(60)
+"""
+
+
+def test_engines_of_a_gpu_start_together_and_are_measured_in_turn(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = modules
+    (tmp_path / "engine.py").write_text(ENGINE)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    given = argparse.Namespace(quick=True, tensor_parallel=1, kv="auto", minutes=1, folders=tmp_path, path=[])
+    names = ("bf16", "fp8", "int8")
+    first, broken, last = run._run(names, dict.fromkeys(names, tmp_path), "3", given)
+    assert first["ready"] == last["ready"] == 2
+    assert first["at"] < last["at"]
+    assert first["gpu"] == "3"
+    assert "no such kernel" in broken["error"]
+    assert not run.PROCESSES
 
 
 def test_gpus_are_cut_into_groups_of_those_that_may_be_used(

@@ -24,7 +24,7 @@ BANKS = 128  # bytes that shared memory serves at once
 PROCESSORS_TOGETHER = 16  # multiprocessors of which a cluster takes its blocks
 MOST_BLOCKS = 8  # of a cluster
 OVERHEAD = 2  # chunks of columns that beginning and ending a tile are worth
-FEW_VALUES, MANY_WARPS, FEW_WARPS = 4, 16, 12  # vectors longer than that need more registers than 16 warps leave
+WARPS = ((4, 16), (6, 12), (MOST_VECTOR, 8))  # of a block, for vectors up to a length: long ones need more registers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Part:
     @property
     def warps(self) -> int:
         """Warps of a block."""
-        return MANY_WARPS if self.vector <= FEW_VALUES else FEW_WARPS
+        return next(warps for longest, warps in WARPS if self.vector <= longest)
 
     @property
     def copies(self) -> int:
