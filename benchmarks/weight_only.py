@@ -50,7 +50,7 @@ class Sparse:
     scale: Tensor
     statistics: Tensor
     order: Tensor
-    outliers: tuple[Tensor, ...]
+    outliers: tuple[Any, ...]  # pointers, columns, values
 
     @classmethod
     def drawn(cls, outputs: int, width: int, share: float, seed: int) -> "Sparse":
@@ -75,7 +75,8 @@ class Sparse:
         )
 
     @property
-    def dense(self) -> tuple[Tensor, Tensor, None, Tensor]:
+    def dense(self) -> tuple[Any, ...]:
+        """Codes, scale, zero and statistics, as the op takes them."""
         return self.codes, self.scale, None, self.statistics
 
     @property
@@ -86,15 +87,14 @@ class Sparse:
 
     def ways(self, x: Tensor, triton: bool) -> dict[str, Run]:
         """What is timed."""
-        outliers: tuple[Tensor | None, ...] = self.outliers
         none = (None, None, None)
         found: dict[str, Run] = {
-            "kernel": partial(cuda_sparse.linear, x, *self.dense, self.order, *outliers, None, TILE),
+            "kernel": partial(cuda_sparse.linear, x, *self.dense, self.order, *self.outliers, None, TILE),
             "without_outliers": partial(cuda_sparse.linear, x, *self.dense, self.order, *none, None, TILE),
             "decode_then_multiply": partial(self.decoded, x),
         }
         if triton and x.shape[0] <= TRITON_TOKENS:
-            found["triton"] = partial(triton_sparse.linear, x, *self.dense, self.order, *outliers, None, TILE)
+            found["triton"] = partial(triton_sparse.linear, x, *self.dense, self.order, *self.outliers, None, TILE)
         return found
 
     def variants(self, x: Tensor) -> dict[str, Run]:

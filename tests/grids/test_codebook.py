@@ -38,7 +38,7 @@ def test_pack_when_three_bits_expect_lowest_bit_first_across_words() -> None:
 def test_pack_when_symbol_or_width_is_out_of_range_expect_error() -> None:
     with pytest.raises(KernelError, match=r"0\.\.4, outside 0\.\.3"):
         pack_indices(torch.tensor([0, 4]), 2)
-    with pytest.raises(KernelError, match=r"1\.\.32 can"):
+    with pytest.raises(KernelError, match=r"1\.\.32"):
         pack_indices(torch.tensor([0]), 33)
     with pytest.raises(KernelError, match="take 2 words"):
         unpack_indices(torch.zeros(1, dtype=torch.int32), 5, 9)

@@ -11,7 +11,8 @@ from mergequant.errors import KernelError
 
 __all__ = ["pack_stream", "stream_width", "unpack_stream"]
 
-MOST_BITS = 16
+MOST_BITS = 32
+NARROW_BITS = 16  # up to here a code shifted by less than a byte, and its neighbours, fit int32
 BYTE = 8
 
 
@@ -24,15 +25,16 @@ def pack_stream(codes: Tensor, bits: int) -> Tensor:
     """Pack whole numbers 0 .. 2^bits - 1 (..., width) into uint8 (..., stream_width).
 
     Raises:
-        KernelError: a width of codes that is not 1..16, or a code outside its range.
+        KernelError: a width of codes that is not 1..32, or a code outside its range.
     """
     _check_bits(bits)
     if codes.numel() and not (codes.min() >= 0 and codes.max() < 1 << bits):
         raise KernelError(f"codes reach {codes.min().item()}..{codes.max().item()}, outside 0..{(1 << bits) - 1}")
     width = codes.shape[-1]
     eights = -(-width // BYTE)
-    wide = torch.nn.functional.pad(codes.to(torch.int32), (0, eights * BYTE - width)).unflatten(-1, (eights, BYTE))
-    packed = torch.zeros((*wide.shape[:-1], bits), dtype=torch.int32, device=codes.device)
+    work = _work_dtype(bits)
+    wide = torch.nn.functional.pad(codes.to(work), (0, eights * BYTE - width)).unflatten(-1, (eights, BYTE))
+    packed = torch.zeros((*wide.shape[:-1], bits), dtype=work, device=codes.device)
     for number in range(BYTE):
         byte, shift = divmod(number * bits, BYTE)
         rest = wide[..., number] << shift
@@ -43,18 +45,18 @@ def pack_stream(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_stream(packed: Tensor, width: int, bits: int) -> Tensor:
-    """Inverse of `pack_stream`: uint8 (..., stream_width) to int32 (..., width).
+    """Inverse of `pack_stream`: uint8 (..., stream_width) to (..., width), int32, or int64 of codes above 16 bits.
 
     Raises:
-        KernelError: a width of codes that is not 1..16, or another number of bytes.
+        KernelError: a width of codes that is not 1..32, or another number of bytes.
     """
     _check_bits(bits)
     if packed.shape[-1] != stream_width(width, bits):
         raise KernelError(f"{packed.shape[-1]} bytes hold no {width} codes of {bits} bits; pass {width * bits} bits")
     eights = -(-width // BYTE)
     wide = torch.nn.functional.pad(packed, (0, eights * bits - packed.shape[-1])).unflatten(-1, (eights, bits))
-    wide = wide.to(torch.int32)
-    codes = torch.empty((*wide.shape[:-1], BYTE), dtype=torch.int32, device=packed.device)
+    wide = wide.to(_work_dtype(bits))
+    codes = torch.empty((*wide.shape[:-1], BYTE), dtype=wide.dtype, device=packed.device)
     for number in range(BYTE):
         byte, shift = divmod(number * bits, BYTE)
         value, have = wide[..., byte] >> shift, BYTE - shift
@@ -64,6 +66,10 @@ def unpack_stream(packed: Tensor, width: int, bits: int) -> Tensor:
             have += BYTE
         codes[..., number] = value & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :width]
+
+
+def _work_dtype(bits: int) -> torch.dtype:
+    return torch.int32 if bits <= NARROW_BITS else torch.int64
 
 
 def _check_bits(bits: int) -> None:

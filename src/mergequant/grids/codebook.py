@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import KernelError
+from mergequant.grids.bitstream import pack_stream, stream_width, unpack_stream
 from mergequant.grids.outliers import Outliers
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "unpack_indices",
 ]
 
-WORD_BITS = 32
+WORD_BITS, WORD_BYTES = 32, 4
 LARGEST_INDEX_BITS = 16  # of one index; with its residual, a symbol has up to 32
 BOOK_BITS = ORDER_BITS = 16
 
@@ -48,17 +49,9 @@ def pack_indices(symbols: Tensor, bits: int) -> Tensor:
     Raises:
         KernelError: a width or a symbol out of range.
     """
-    _require_bits(bits)
-    flat = symbols.reshape(-1).to(torch.int64)
-    if flat.numel() and not (flat.min() >= 0 and flat.max() < 1 << bits):
-        raise KernelError(f"indices reach {flat.min().item()}..{flat.max().item()}, outside 0..{(1 << bits) - 1}")
-    first = torch.arange(flat.numel(), device=flat.device) * bits
-    word, wide = first // WORD_BITS, flat << first % WORD_BITS
-    sums = torch.zeros(packed_words(flat.numel(), bits) + 1, dtype=torch.int64, device=flat.device)
-    # Symbols share words but no bits, so these sums are exact, in whatever order a GPU adds.
-    sums.index_add_(0, word, wide & 0xFFFFFFFF)
-    sums.index_add_(0, word + 1, wide >> WORD_BITS)
-    return torch.where(sums >= 1 << 31, sums - (1 << 32), sums)[:-1].to(torch.int32)
+    stream = pack_stream(symbols.reshape(-1), bits)
+    words = packed_words(symbols.numel(), bits)
+    return torch.nn.functional.pad(stream, (0, words * WORD_BYTES - stream.shape[0])).view(torch.int32)
 
 
 def unpack_indices(words: Tensor, bits: int, count: int) -> Tensor:
@@ -67,14 +60,9 @@ def unpack_indices(words: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         KernelError: a width out of range, or words of another number of symbols.
     """
-    _require_bits(bits)
     if words.shape != (packed_words(count, bits),):
         raise KernelError(f"{count} indices of {bits} bits take {packed_words(count, bits)} words, not {words.shape}")
-    first = torch.arange(count, device=words.device) * bits
-    word = first // WORD_BITS
-    wide = words.to(torch.int64)
-    low, high = wide[word] & 0xFFFFFFFF, wide[(word + 1).clamp_(max=max(words.shape[0] - 1, 0))]
-    return (low | high << WORD_BITS) >> first % WORD_BITS & (1 << bits) - 1
+    return unpack_stream(words.contiguous().view(torch.uint8)[: stream_width(count, bits)], count, bits).long()
 
 
 def decode_columns(symbols: Tensor, book: Tensor, bits: int, residual_bits: int, outputs: int) -> Tensor:
@@ -184,8 +172,3 @@ class CodebookTensor:
 def vectors_for(outputs: int, vector: int) -> int:
     """Vectors that cover `outputs` rows, the last one padded."""
     return math.ceil(outputs / vector)
-
-
-def _require_bits(bits: int) -> None:
-    if not 1 <= bits <= 2 * LARGEST_INDEX_BITS:
-        raise KernelError(f"symbols of {bits} bits cannot be packed; 1..{2 * LARGEST_INDEX_BITS} can")

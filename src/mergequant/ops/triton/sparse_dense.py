@@ -28,7 +28,7 @@ GROUPS_COLUMNS = 512  # columns of a step along the row, about
 BLOCK_OUTLIERS = 32
 WARPS = 4
 LOWEST = -8  # code that 0 stands for
-DECODED_ROWS, DECODED_COLUMNS = 4, 512  # of a program
+DECODED = 2048  # columns of a row that a program of `decode` takes
 
 
 @triton.jit
@@ -148,43 +148,34 @@ def linear(
 
 
 @triton.jit
-def _value(
-    codes,
-    scale,
-    zero,
-    statistics,
-    rows,
-    places,
-    valid,
-    BYTES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    BITS: tl.constexpr,
-    LOWEST: tl.constexpr,
-):
-    """float32 values of the dense part at rows (int64) and stored columns, by the reference's very operations."""
-    bit = places * BITS
-    byte = bit >> 3
-    stored = tl.load(codes + rows * BYTES + byte, mask=valid, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        more = tl.load(codes + rows * BYTES + byte + 1, mask=valid & (byte + 1 < BYTES), other=0).to(tl.int32)
-        stored = stored | (more << 8)
-    code = (((stored >> (bit & 7)) & ((1 << BITS) - 1)) + LOWEST).to(tl.float32)
-    group = places // GROUP
-    at = rows * GROUPS + group
+def _statistics(scale, zero, statistics, row, groups, valid, GROUPS: tl.constexpr, TILE: tl.constexpr):
+    """float32 scales and zero points of groups of a row (int64), by the reference's very operations."""
+    at = row * GROUPS + groups
     if statistics is not None:
         levels = tl.load(scale + at, mask=valid, other=0).to(tl.int32)
-        grid = statistics + ((rows // TILE) * GROUPS + group) * 4
+        grid = statistics + ((row // TILE) * GROUPS + groups) * 4
         step = (levels & 15).to(tl.float32) - tl.load(grid + 1, mask=valid, other=0.0).to(tl.float32)
         step = tl.load(grid, mask=valid, other=0.0).to(tl.float32) * step
         middle = (levels >> 4).to(tl.float32) - tl.load(grid + 3, mask=valid, other=0.0).to(tl.float32)
-        code = code - tl.load(grid + 2, mask=valid, other=0.0).to(tl.float32) * middle
+        middle = tl.load(grid + 2, mask=valid, other=0.0).to(tl.float32) * middle
     else:
         step = tl.load(scale + at, mask=valid, other=0.0).to(tl.float32)
+        middle = tl.zeros_like(step)
         if zero is not None:
-            code = code - tl.load(zero + at, mask=valid, other=0.0).to(tl.float32)
-    return code * step
+            middle = tl.load(zero + at, mask=valid, other=0.0).to(tl.float32)
+    return step, middle
+
+
+@triton.jit
+def _code(codes, row, places, valid, BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Codes at stored columns of a row, 0 for the lowest."""
+    bit = places * BITS
+    byte = bit >> 3
+    stored = tl.load(codes + row * BYTES + byte, mask=valid, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        more = tl.load(codes + row * BYTES + byte + 1, mask=valid & (byte + 1 < BYTES), other=0).to(tl.int32)
+        stored = stored | (more << 8)
+    return (stored >> (bit & 7)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -194,25 +185,30 @@ def _decode(
     zero,
     statistics,
     out,
-    OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     BITS: tl.constexpr,
     LOWEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,  # columns, of which a group has a whole number of pieces
+    PIECES: tl.constexpr,  # of a program
     OVERLAP: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    places = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    valid = (rows < OUTPUTS) & (places < WIDTH)
+    row = tl.program_id(0).to(tl.int64)
+    pieces = tl.program_id(1) * PIECES + tl.arange(0, PIECES)
+    known = pieces * PIECE < WIDTH
     wait_for_predecessor(OVERLAP)
-    value = _value(
-        codes, scale, zero, statistics, rows, places, valid, BYTES, GROUPS, WIDTH // GROUPS, TILE, BITS, LOWEST
-    )
-    tl.store(out + rows * WIDTH + places, value.to(out.dtype.element_ty), mask=valid)
+    step, middle = _statistics(scale, zero, statistics, row, pieces * PIECE // (WIDTH // GROUPS), known, GROUPS, TILE)
+    places = pieces[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    if BITS == 4 and PIECE > 1:  # a byte is read once
+        half = pieces[:, None] * (PIECE // 2) + tl.arange(0, PIECE // 2)[None, :]
+        both = tl.load(codes + row * BYTES + half, mask=known[:, None], other=0).to(tl.int32)
+        code = tl.reshape(tl.join(both & 15, both >> 4), (PIECES, PIECE))
+    else:
+        code = _code(codes, row, places, known[:, None], BYTES, BITS)
+    value = ((code + LOWEST).to(tl.float32) - middle[:, None]) * step[:, None]
+    tl.store(out + row * WIDTH + places, value.to(out.dtype.element_ty), mask=known[:, None])
 
 
 @triton.jit
@@ -251,9 +247,10 @@ def _add_outliers(
         places = tl.load(columns + named, mask=valid, other=0).to(tl.int32) & 0xFFFF
         if places_of is not None:
             places = tl.load(places_of + places, mask=valid, other=0).to(tl.int32)
-        value = _value(
-            codes, scale, zero, statistics, row, places, valid, BYTES, GROUPS, WIDTH // GROUPS, TILE, BITS, LOWEST
-        )
+        groups = places // (WIDTH // GROUPS)
+        step, middle = _statistics(scale, zero, statistics, row, groups, valid, GROUPS, TILE)
+        code = _code(codes, row, places, valid, BYTES, BITS) + LOWEST
+        value = (code.to(tl.float32) - middle) * step
         value += tl.load(values + number, mask=valid, other=0.0).to(tl.float32)
         tl.store(out + row * WIDTH + places, value.to(out.dtype.element_ty), mask=valid)
 
@@ -284,17 +281,18 @@ def decode(
         "LOWEST": IntegerGrid(bits).low,
     }
     dense = (codes, scale, zero, statistics)
-    taken = min(DECODED_COLUMNS, triton.next_power_of_2(width))
+    group = width // groups
+    piece = min(group & -group, DECODED)  # the largest power of two that divides it
+    pieces = min(DECODED // piece, triton.next_power_of_2(width // piece))
     launch(
         _decode,
-        (triton.cdiv(outputs, DECODED_ROWS), triton.cdiv(width, taken)),
+        (outputs, triton.cdiv(width, piece * pieces)),
         (*dense, out),
         codes.device,
         WARPS,
-        OUTPUTS=outputs,
         **constants,
-        ROWS=DECODED_ROWS,
-        COLUMNS=taken,
+        PIECE=piece,
+        PIECES=pieces,
     )
     if columns is not None and columns.shape[0]:
         count = columns.shape[0] if pointers is None else 0
