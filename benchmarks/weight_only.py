@@ -50,7 +50,7 @@ class Sparse:
     scale: Tensor
     statistics: Tensor
     order: Tensor
-    outliers: tuple[Any, ...]  # pointers, columns, values
+    outliers: tuple[Tensor, Tensor, Tensor]  # pointers, columns, values
 
     @classmethod
     def drawn(cls, outputs: int, width: int, share: float, seed: int) -> "Sparse":
@@ -75,7 +75,7 @@ class Sparse:
         )
 
     @property
-    def dense(self) -> tuple[Any, ...]:
+    def dense(self) -> tuple[Tensor, Tensor, None, Tensor]:
         """Codes, scale, zero and statistics, as the op takes them."""
         return self.codes, self.scale, None, self.statistics
 
@@ -99,10 +99,10 @@ class Sparse:
 
     def variants(self, x: Tensor) -> dict[str, Run]:
         """The kernel with other configurations than the chosen one."""
-        chosen = cuda_sparse.choose(*x.shape, GROUP)
+        chosen = cuda_sparse.choose(*x.shape)
         assert chosen is not None
         tried = [replace(chosen, depth=depth) for depth in (1, 2, 3, 4)]
-        tried += [replace(chosen, warps=warps, blocks=blocks) for warps, blocks in ((4, 4), (8, 2), (16, 1))]
+        tried += [replace(chosen, warps=warps, blocks=blocks) for warps, blocks in ((4, 4), (16, 1))]
         return {
             f"warps {own.warps} blocks {own.blocks} depth {own.depth}": partial(
                 cuda_sparse.linear, x, *self.dense, self.order, *self.outliers, None, TILE, configuration=own

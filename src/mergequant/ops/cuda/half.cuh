@@ -39,6 +39,13 @@ MQ_DEVICE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     return d;
 }
 
+// word & mask | bits, in one instruction: left to itself the compiler takes two.
+MQ_DEVICE u32 select_or(u32 word, u32 mask, u32 bits) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(bits));
+    return d;
+}
+
 // The low halves of two words, and the high ones.
 MQ_DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 MQ_DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }

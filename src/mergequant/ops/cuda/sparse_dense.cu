@@ -10,6 +10,7 @@
 constexpr int TOKENS = MQ_TOKENS;    // 1, 2, 4, 8 or 16: of a launch, at most
 constexpr int GROUP = MQ_GROUP;      // columns that share statistics: 8, 16 or a multiple of 32
 constexpr int KIND = MQ_KIND;        // 0: scales; 1: scales and zeros, both float16; 2: codes of both, and their grids
+constexpr int TILE = MQ_TILE;        // rows, in tiles of 16, that share grids
 constexpr bool SPARSE = MQ_SPARSE;   // there are outliers
 constexpr bool HALF = MQ_HALF;       // results are float16, else bfloat16
 constexpr int WARPS = MQ_WARPS;      // that share k
@@ -22,6 +23,7 @@ constexpr int GROUPS = GROUP >= 32 ? 1 : 32 / GROUP;            // of the 32 cod
 constexpr int PAIRS = (GROUPS + 1) / 2;                         // of groups: statistics are made two by two
 constexpr int OWN = KIND == 2 ? 1 : (KIND + 1) * PAIRS;         // words of statistics of a row,
 constexpr int SHARED_GRIDS = KIND == 2 ? 2 * GROUPS : 1;        // and of those that a tile of rows shares
+constexpr int OWN_STEP = KIND == 2 ? 1 : 2, OWN_BYTES = OWN_STEP * GROUPS;  // bytes of a group, and of a lane's
 constexpr int SUMS = TOKENS * SUM_ROW;                          // words of the sums of a warp
 constexpr int LANES = THREADS / 16;                             // threads that share the outliers of a row
 constexpr u32 MAGIC = 0x64006400u;                              // 1024, 1024: or-ing a nibble adds it, or 16 times it
@@ -41,8 +43,8 @@ MQ_DEVICE void statistics_of(const u32 (&own)[OWN], const u32 (&grids)[SHARED_GR
         if constexpr (KIND == 2) {
             const int first = 4 * p, second = GROUPS == 1 ? 0 : 4 * p + 2;
             const u32 codes = __byte_perm(own[0], 0, p ? 0x4342 : 0x4140);  // a byte in each half
-            const u32 low = subtract_pair(codes & 0x000F000F | MAGIC, MAGIC);
-            const u32 high = multiply_add_pair(codes & 0x00F000F0 | MAGIC, 0x2C002C00, 0xD400D400);  // / 16 - 64
+            const u32 low = subtract_pair(select_or(codes, 0x000F000F, MAGIC), MAGIC);
+            const u32 high = multiply_add_pair(select_or(codes, 0x00F000F0, MAGIC), 0x2C002C00, 0xD400D400);  // / 16 - 64
             step = multiply_pair(low_halves(grids[first], grids[second]),
                                  subtract_pair(low, high_halves(grids[first], grids[second])));
             zero = multiply_pair(low_halves(grids[first + 1], grids[second + 1]),
@@ -61,8 +63,8 @@ MQ_DEVICE void statistics_of(const u32 (&own)[OWN], const u32 (&grids)[SHARED_GR
 MQ_DEVICE void weights_of(u32 (&to)[4], u32 word, u32 scale, u32 offset) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2, word >>= 8) {
-        const u32 low = subtract_pair(word & 0x000F000F | MAGIC, 0x64086408);                    // - 1032
-        const u32 high = multiply_add_pair(word & 0x00F000F0 | MAGIC, 0x2C002C00, 0xD480D480);  // / 16 - 72
+        const u32 low = subtract_pair(select_or(word, 0x000F000F, MAGIC), 0x64086408);                    // - 1032
+        const u32 high = multiply_add_pair(select_or(word, 0x00F000F0, MAGIC), 0x2C002C00, 0xD480D480);  // / 16 - 72
         to[i] = multiply_add_pair(low, scale, offset);
         to[i + 1] = multiply_add_pair(high, scale, offset);
     }
@@ -73,10 +75,11 @@ MQ_DEVICE u32 word_of(const U4& four, int j) { return j == 0 ? four.x : j == 1 ?
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids, const i32* pointers,
              const u16* columns, const u16* values, const float* bias, const U4* image, const float* factors,
-             const u16* natural, u16* result, int rows, int outputs, int width, int tile_rows) {
+             const u16* natural, u16* result, int rows, int outputs, int width) {
     extern __shared__ __align__(128) u8 shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int chunks = (width + CHUNK - 1) / CHUNK, tiles = (outputs + 15) / 16, groups = width / GROUP;
+    const int chunks = (width + CHUNK - 1) / CHUNK, tiles = (outputs + 15) / 16;
+    const u32 groups = static_cast<u32>(width) / GROUP;
     const int pitch = token_pitch(width);
     // As in gemm_stream.cu: a multiple of DEPTH, so that places of the ring are known when compiling.
     const int steps = ((chunks + WARPS - 1) / WARPS + DEPTH - 1) / DEPTH * DEPTH;
@@ -85,20 +88,21 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
     auto request = [&](Piece& to, int tile, int step) {
         const int chunk = warp + step * WARPS, column = chunk * CHUNK + t * 32;
         if (tile >= tiles || chunk >= chunks) return;
-        to = {};  // past the end of a row weights are 0
-        if (column >= width) return;
-        const int group = column / GROUP;
+        if (column >= width) {
+            to = {};  // weights are 0
+            return;
+        }
+        const u32 first = tile * 16 + g, group = static_cast<u32>(column) / GROUP;  // the host sees to 32 bits
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = tile * 16 + g + r * 8;
+            const u32 row = first + r * 8, place = row * groups + group;
             if (row >= outputs) continue;
-            to.codes[r] = load_stream(codes + (static_cast<u64>(row) * width + column) / 2);
-            const u64 place = static_cast<u64>(row) * groups + group;
-            load_constant<KIND == 2 ? GROUPS : 2 * GROUPS>(to.own[r], scales + place * (KIND == 2 ? 1 : 2));
-            if constexpr (KIND == 1) load_constant<2 * GROUPS>(to.own[r] + PAIRS, zeros + place * 2);
+            to.codes[r] = load_stream(codes + (row * (width / 2) + column / 2));
+            load_constant<OWN_BYTES>(to.own[r], scales + place * OWN_STEP);
+            if constexpr (KIND == 1) load_constant<OWN_BYTES>(to.own[r] + PAIRS, zeros + place * OWN_STEP);
         }
         if constexpr (KIND == 2)
-            load_constant<8 * GROUPS>(to.grids, grids + (static_cast<u64>(tile * 16 / tile_rows) * groups + group) * 8);
+            load_constant<8 * GROUPS>(to.grids, grids + (static_cast<u32>(tile) / TILE * groups + group) * 8);
     };
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) request(ahead[i], blockIdx.x, i);
@@ -153,27 +157,28 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
 #pragma unroll
             for (int i = 0; i < DEPTH; ++i) {
                 const int chunk = warp + (step + i) * WARPS;
-                const Piece piece = ahead[i];
-                request(ahead[i], next_tile, next_step + i);
-                if (chunk >= chunks) continue;
-                u32 scale[2][2 * PAIRS], offset[2][2 * PAIRS];
+                const Piece& piece = ahead[i];
+                if (chunk < chunks) {
+                    u32 scale[2][2 * PAIRS], offset[2][2 * PAIRS];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) statistics_of(piece.own[r], piece.grids, scale[r], offset[r]);
+                    for (int r = 0; r < 2; ++r) statistics_of(piece.own[r], piece.grids, scale[r], offset[r]);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int group = j * GROUPS / 4;
-                    u32 weights[2][4];
+                    for (int j = 0; j < 4; ++j) {
+                        const int group = j * GROUPS / 4;
+                        u32 weights[2][4];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        weights_of(weights[r], word_of(piece.codes[r], j), scale[r][group], offset[r][group]);
+                        for (int r = 0; r < 2; ++r)
+                            weights_of(weights[r], word_of(piece.codes[r], j), scale[r][group], offset[r][group]);
 #pragma unroll
-                    for (int k = 0; k < TOKEN_TILES; ++k) {
-                        u32 x[4];
-                        load_shared<16>(x, inputs[k] + chunk * CHUNK_BYTES + j * PIECE_BYTES);
-                        mma_f16(sum[0][k], weights[0][0], weights[1][0], weights[0][1], weights[1][1], x[0], x[1]);
-                        mma_f16(sum[1][k], weights[0][2], weights[1][2], weights[0][3], weights[1][3], x[2], x[3]);
+                        for (int k = 0; k < TOKEN_TILES; ++k) {
+                            u32 x[4];
+                            load_shared<16>(x, inputs[k] + chunk * CHUNK_BYTES + j * PIECE_BYTES);
+                            mma_f16(sum[0][k], weights[0][0], weights[1][0], weights[0][1], weights[1][1], x[0], x[1]);
+                            mma_f16(sum[1][k], weights[0][2], weights[1][2], weights[0][3], weights[1][3], x[2], x[3]);
+                        }
                     }
                 }
+                request(ahead[i], next_tile, next_step + i);  // into the registers that have become free
             }
         }
         float* const sums = buffers + buffer * (WARPS + 1) * SUMS;

@@ -17,6 +17,8 @@ TILE = 16  # outputs of a block at a time; rows that share statistics are whole 
 MOST_TOKENS = 16  # of a launch: more take several
 SUM_ROW = 20  # words of 16 sums, as in half.cuh
 SMALL_GROUPS = (8, 16)
+DEPTHS = (4, 3, 2)
+LARGEST_WEIGHT = 1 << 31  # bytes of each of its parts then have numbers of 32 bits
 SHARED_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
 SCALES, ZEROS, LEVELS = range(3)  # kinds of statistics, as in sparse_dense.cu
 
@@ -28,7 +30,7 @@ class Configuration:
     tokens: int
     warps: int
     blocks: int
-    depth: int = 2
+    depth: int
 
     def shared(self, width: int) -> int:
         """Bytes of shared memory of a block: inputs, and two buffers of sums."""
@@ -41,21 +43,22 @@ class Configuration:
 
 
 @cache
-def choose(tokens: int, width: int, group: int) -> Configuration | None:
+def choose(tokens: int, width: int) -> Configuration | None:
     """Configuration for so many tokens, all in one launch if that fits; None: not even one token does."""
     size = min(MOST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
     while size:
         for warps, blocks in ((8, 2), (16, 1)):
-            if Configuration(size, warps, blocks).fits(width):
-                return Configuration(size, warps, blocks, _depth(-(-width // CHUNK), warps, group))
+            known = Configuration(size, warps, blocks, _depth(-(-width // CHUNK), warps, size))
+            if known.fits(width):
+                return known
         size //= 2
     return None
 
 
-def _depth(chunks: int, warps: int, group: int) -> int:
-    """Chunks in flight: three where registers suffice and no more places of the ring are empty at the end of a tile."""
+def _depth(chunks: int, warps: int, tokens: int) -> int:
+    """Chunks in flight: as many as registers hold, of those that leave fewest places of the ring empty."""
     steps = -(-chunks // warps)
-    return 3 if group > SMALL_GROUPS[0] and -(-steps // 3) * 3 <= -(-steps // 2) * 2 else 2
+    return min(DEPTHS if tokens < MOST_TOKENS else DEPTHS[1:], key=lambda depth: -(-steps // depth) * depth)
 
 
 def reason_against(
@@ -74,20 +77,23 @@ def reason_against(
         )
     if tile % TILE:
         return f"the CUDA kernel wants second-level tiles of a multiple of {TILE} rows, not {tile}"
+    if codes.shape[0] * width > LARGEST_WEIGHT:
+        return f"the CUDA kernel counts {LARGEST_WEIGHT} weights, not {codes.shape[0]} x {width}"
     if columns is not None and pointers is None:
         return "the CUDA kernel reads outliers row by row, not whole columns"
-    return None if choose(1, width, group) else f"a row of {width} inputs does not fit the CUDA kernel's shared memory"
+    return None if choose(1, width) else f"a row of {width} inputs does not fit the CUDA kernel's shared memory"
 
 
 @cache
-def unit(configuration: Configuration, group: int, kind: int, sparse: bool, half: bool) -> Unit:
-    """What is compiled; `half`: results are float16, else bfloat16."""
+def unit(configuration: Configuration, group: int, kind: int, tile: int, sparse: bool, half: bool) -> Unit:
+    """What is compiled; `tile`: rows that share statistics; `half`: results are float16, else bfloat16."""
     return Unit(
         "sparse_dense.cu",
         (
             ("MQ_TOKENS", configuration.tokens),
             ("MQ_GROUP", group),
             ("MQ_KIND", kind),
+            ("MQ_TILE", max(tile // TILE, 1)),
             ("MQ_SPARSE", int(sparse)),
             ("MQ_HALF", int(half)),
             ("MQ_WARPS", configuration.warps),
@@ -120,7 +126,7 @@ def linear(
     outputs, width, groups = codes.shape[0], x.shape[-1], scale.shape[1]
     rows = x.reshape(-1, width).contiguous()
     count = rows.shape[0]
-    configuration = configuration or choose(count, width, width // groups)
+    configuration = configuration or choose(count, width)
     if configuration is None:
         raise KernelError(f"sparse_dense_linear: a row of {width} inputs does not fit; see reason_against")
     result = torch.empty((count, outputs), dtype=x.dtype, device=x.device)
@@ -131,7 +137,7 @@ def linear(
     order = None if order is None else _aligned(order)
     inputs = arrange(rows, order, configuration.tokens, pointers is not None)
     kind = LEVELS if statistics is not None else SCALES if zero is None else ZEROS
-    made = unit(configuration, width // groups, kind, pointers is not None, x.dtype == torch.float16)
+    made = unit(configuration, width // groups, kind, tile, pointers is not None, x.dtype == torch.float16)
     blocks = min(-(-outputs // TILE), configuration.blocks * multiprocessors(x.device))
     for number, start in enumerate(range(0, count, configuration.tokens)):
         own = slice(start, start + configuration.tokens)
@@ -151,7 +157,6 @@ def linear(
                 taken,
                 outputs,
                 width,
-                max(tile, 1),
             ),
             shared=configuration.shared(width),
             overlap=True,  # what it reads early was written before `arrange` began
