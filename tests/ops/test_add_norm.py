@@ -109,4 +109,4 @@ def test_ops_when_run_on_fake_tensors_expect_real_shapes_and_dtypes() -> None:
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in values))
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
-        torch.library.opcheck(op, values)
+        torch.library.opcheck(op.overload, values)

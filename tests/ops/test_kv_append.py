@@ -102,7 +102,7 @@ def test_kv_append_when_written_in_pieces_expect_the_cache_of_one_call() -> None
 def test_kv_append_when_checked_by_torch_expect_a_sound_registration() -> None:
     own = case(8)
     arguments = own.append_arguments(2, own.lengths(1, 9))
-    torch.library.opcheck(kv_append, tuple(arguments.values()), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(kv_append.overload, tuple(arguments.values()), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

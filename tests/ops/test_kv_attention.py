@@ -80,7 +80,7 @@ def test_kv_attention_when_checked_by_torch_expect_a_sound_registration() -> Non
     own = case(4)
     for changes in ({}, {"prefix": 2, "out_bits": 8}):
         arguments = own.attention_arguments(own.lengths(1, 9, 128), **changes)
-        torch.library.opcheck(kv_attention, (), arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(kv_attention.overload, (), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 128])
@@ -100,7 +100,7 @@ def test_kv_read_when_checked_by_torch_expect_a_sound_registration() -> None:
         own = case(bits)
         keys, values = own.random_cache()
         arguments = (keys, values, own.key_scale, own.value_scale, 70, bits, torch.float32)
-        torch.library.opcheck(kv_read, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(kv_read.overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

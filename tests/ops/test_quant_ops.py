@@ -238,4 +238,4 @@ def test_quant_when_run_on_fake_tensors_expect_real_shapes_and_dtypes(extras: bo
             fake = op(*(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in values))
         reals, fakes = (real, fake) if isinstance(real, tuple) else ((real,), (fake,))
         assert [(t.shape, t.dtype, t.stride()) for t in fakes] == [(t.shape, t.dtype, t.stride()) for t in reals]
-        torch.library.opcheck(op, values)
+        torch.library.opcheck(op.overload, values)

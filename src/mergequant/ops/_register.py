@@ -1,9 +1,10 @@
-"""Cheap registration of ops that change none of their arguments.
+"""Cheap registration of ops that have no gradient.
 
-`torch.library.custom_op` wraps every call in Python for autograd and for mutation checks: 10 us per call on the machine
-of docs/results.md, as much as a small integer product takes. Codes have no gradient and these ops mutate nothing, so
-they are registered with the dispatcher directly, which costs 3 us. Everything else that `custom_op` gives (an inferred
-schema, fake versions, tracing by `torch.compile`) stays.
+`torch.library.custom_op` wraps every call in Python for autograd and for the version counters of what is mutated: 10 us
+per call on the machine of docs/results.md, as much as a small integer product takes, and in an engine that launches
+from Python (vLLM's prefill) ten times per decoder layer. Codes have no gradient, so these ops are registered with the
+dispatcher directly, which costs 3 us. Everything else that `custom_op` gives (an inferred schema that names what is
+mutated, fake versions, tracing by `torch.compile`) stays.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch._ops import OpOverload
 
-__all__ = ["Op", "register_op"]
+__all__ = ["Op", "register_mutating_op", "register_op"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,9 +30,9 @@ class Op(Generic[P, R]):
         overload: `torch.ops.mergequant.<name>.default`, for `torch.library.opcheck` and graphs.
     """
 
-    def __init__(self, body: Callable[P, R]) -> None:
+    def __init__(self, body: Callable[P, R], mutates: tuple[str, ...] = ()) -> None:
         name = body.__name__
-        schema = torch.library.infer_schema(body, mutates_args=())
+        schema = torch.library.infer_schema(body, mutates_args=mutates)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         self.overload: OpOverload = getattr(torch.ops.mergequant, name).default
@@ -51,3 +52,8 @@ class Op(Generic[P, R]):
 def register_op(body: Callable[P, R]) -> Op[P, R]:
     """Decorator: register a function that mutates nothing as `mergequant::<its name>`, for all devices."""
     return Op(body)
+
+
+def register_mutating_op(*mutates: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Decorator: likewise a function that writes into the arguments of these names."""
+    return lambda body: Op(body, mutates)

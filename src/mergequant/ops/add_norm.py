@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.ops._elementwise import codes_like, kernels_for
+from mergequant.ops._register import register_mutating_op
 from mergequant.ops._validate import require, require_float, require_quant_arguments, require_residual
 from mergequant.ops.norm_quant import rmsnorm
 from mergequant.ops.static_quant import quantize_scaled
@@ -15,7 +16,7 @@ from mergequant.ops.static_quant import quantize_scaled
 __all__ = ["add_rmsnorm", "add_rmsnorm_quant"]
 
 
-@torch.library.custom_op("mergequant::add_rmsnorm_quant", mutates_args=("residual",))
+@register_mutating_op("residual")
 def add_rmsnorm_quant(
     x: Tensor,
     residual: Tensor,
@@ -61,7 +62,7 @@ def _(
     return codes_like(residual, residual.shape[-1] if index is None else index.shape[0])
 
 
-@torch.library.custom_op("mergequant::add_rmsnorm", mutates_args=("residual",))
+@register_mutating_op("residual")
 def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     """residual <- residual + x, and residual / rms(residual) * weight + bias, in float32, rounded once at the end.
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mergequant.grids import IntegerGrid
 from mergequant.ops._elementwise import codes_like, kernels_for, pack_pairs
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_dynamic_arguments, require_packable
 
 __all__ = ["SMALLEST_SCALE", "dynamic_quant", "quantize_tokens"]
@@ -20,7 +21,7 @@ def quantize_tokens(x: Tensor, clip_ratio: float, bits: int, packed: bool = Fals
     return pack_pairs(codes) if packed else codes, scale
 
 
-@torch.library.custom_op("mergequant::dynamic_quant", mutates_args=())
+@register_op
 def dynamic_quant(x: Tensor, clip_ratio: float, bits: int, packed: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize every token with its own scale, clip_ratio * absmax / high.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import KernelError
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_float
 
 __all__ = ["Rotation", "hadamard_transform", "rotation"]
@@ -99,7 +100,7 @@ def sign_factors(width: int, inner: int) -> tuple[Tensor, Tensor]:
         return outer.round().to(torch.int8), (_sylvester(inner) * math.sqrt(inner)).round().to(torch.int8)
 
 
-@torch.library.custom_op("mergequant::hadamard_transform", mutates_args=())
+@register_op
 def hadamard_transform(x: Tensor) -> Tensor:
     """Rotate the last axis of x (..., width) by `rotation(width)`, in float32 (float64 stays float64).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergequant.ops import backends
 from mergequant.ops._elementwise import codes_like, use_triton
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_dynamic_arguments, require_quant_arguments
 from mergequant.ops.dynamic_quant import quantize_tokens
 from mergequant.ops.hadamard import hadamard_transform
@@ -17,7 +18,7 @@ from mergequant.ops.static_quant import quantize_scaled
 __all__ = ["hadamard_dynamic_quant", "hadamard_quant"]
 
 
-@torch.library.custom_op("mergequant::hadamard_quant", mutates_args=())
+@register_op
 def hadamard_quant(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int) -> Tensor:
     """codes = clamp(round((x R)[index] * multiplier + shift)).
 
@@ -47,7 +48,7 @@ def _(x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None,
     return codes_like(x, x.shape[-1] if index is None else index.shape[0])
 
 
-@torch.library.custom_op("mergequant::hadamard_dynamic_quant", mutates_args=())
+@register_op
 def hadamard_dynamic_quant(x: Tensor, clip_ratio: float, bits: int) -> tuple[Tensor, Tensor]:
     """`dynamic_quant` of x R.
 

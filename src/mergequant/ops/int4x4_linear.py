@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergequant.grids import unpack_codes
 from mergequant.ops import backends
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import FLOAT_DTYPES, require, require_float
 from mergequant.ops.int_linear import int8_linear
 from mergequant.ops.tiled_linear import KERNEL_DTYPES, LARGEST_WIDTH, require_same_device
@@ -19,7 +20,7 @@ from mergequant.ops.tiled_linear import KERNEL_DTYPES, LARGEST_WIDTH, require_sa
 __all__ = ["int4x4_linear"]
 
 
-@torch.library.custom_op("mergequant::int4x4_linear", mutates_args=())
+@register_op
 def int4x4_linear(
     packed_codes: Tensor,
     packed_weight: Tensor,

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from mergequant.ops._kv import pick, require_caches, require_lengths, unserved
+from mergequant.ops._register import register_mutating_op
 from mergequant.ops._validate import require, require_float
 from mergequant.ops.kv_layout import put_codes, quantize
 
 __all__ = ["kv_append", "rotate_heads"]
 
 
-@torch.library.custom_op("mergequant::kv_append", mutates_args=("key_cache", "value_cache"))
+@register_mutating_op("key_cache", "value_cache")
 def kv_append(
     qkv: Tensor,
     cos: Tensor,

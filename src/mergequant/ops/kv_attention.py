@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergequant.grids import IntegerGrid
 from mergequant.ops._kv import pick, require_caches, require_lengths, unserved
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import ACTIVATION_BITS, FLOAT_DTYPES, require, require_float, require_vector
 from mergequant.ops.kv_layout import CAPACITY_MULTIPLE, unpack_keys, unpack_values
 
@@ -19,7 +20,7 @@ __all__ = ["MOST_PREFIX", "kv_attention", "kv_read"]
 MOST_PREFIX = 8  # slots
 
 
-@torch.library.custom_op("mergequant::kv_attention", mutates_args=())
+@register_op
 def kv_attention(
     q: Tensor,
     key_cache: Tensor,
@@ -135,7 +136,7 @@ def _(
     return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=torch.int8 if out_bits else q.dtype)
 
 
-@torch.library.custom_op("mergequant::kv_read", mutates_args=())
+@register_op
 def kv_read(
     key_cache: Tensor,
     value_cache: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.ops._elementwise import codes_like, kernels_for
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_quant_arguments
 from mergequant.ops.static_quant import quantize_scaled
 
@@ -26,7 +27,7 @@ def layernorm(x: Tensor, eps: float) -> Tensor:
     return rmsnorm(wide - wide.mean(-1, keepdim=True), eps)
 
 
-@torch.library.custom_op("mergequant::rmsnorm_quant", mutates_args=())
+@register_op
 def rmsnorm_quant(
     x: Tensor,
     multiplier: Tensor,
@@ -61,7 +62,7 @@ def rmsnorm_quant(
     return quantize_scaled(rmsnorm(x, eps), multiplier, index, shift, bits, packed)
 
 
-@torch.library.custom_op("mergequant::layernorm_quant", mutates_args=())
+@register_op
 def layernorm_quant(
     x: Tensor,
     multiplier: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.ops._elementwise import codes_like, kernels_for
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_dynamic_arguments, require_pairs, require_quant_arguments
 from mergequant.ops.dynamic_quant import quantize_tokens
 from mergequant.ops.static_quant import quantize_scaled
@@ -20,7 +21,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-@torch.library.custom_op("mergequant::silu_mul", mutates_args=())
+@register_op
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: (..., 2 width) float to (..., width) of the same dtype.
 
@@ -40,7 +41,7 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@torch.library.custom_op("mergequant::silu_mul_quant", mutates_args=())
+@register_op
 def silu_mul_quant(
     gate_up: Tensor, multiplier: Tensor | None, index: Tensor | None, shift: Tensor | None, bits: int
 ) -> Tensor:
@@ -74,7 +75,7 @@ def _(gate_up: Tensor, multiplier: Tensor | None, index: Tensor | None, shift: T
     return codes_like(gate_up, gate_up.shape[-1] // 2 if index is None else index.shape[0])
 
 
-@torch.library.custom_op("mergequant::silu_mul_dynamic_quant", mutates_args=())
+@register_op
 def silu_mul_dynamic_quant(gate_up: Tensor, clip_ratio: float, bits: int) -> tuple[Tensor, Tensor]:
     """`dynamic_quant` of silu(gate) * up, which stays in float32.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergequant.grids import IntegerGrid
 from mergequant.ops._elementwise import codes_like, kernels_for, pack_pairs
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import require_quant_arguments
 
 __all__ = ["quantize_scaled", "static_quant"]
@@ -28,7 +29,7 @@ def quantize_scaled(
     return pack_pairs(codes) if packed else codes
 
 
-@torch.library.custom_op("mergequant::static_quant", mutates_args=())
+@register_op
 def static_quant(
     x: Tensor, multiplier: Tensor, index: Tensor | None, shift: Tensor | None, bits: int, packed: bool = False
 ) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergequant.grids import IntegerGrid
 from mergequant.ops import backends
+from mergequant.ops._register import register_op
 from mergequant.ops._validate import ACTIVATION_BITS, FLOAT_DTYPES, require, require_codes, require_float
 from mergequant.ops.int_matmul import int_matmul
 from mergequant.ops.tiles import GROUP, tile_shape, untile_weight
@@ -22,7 +23,7 @@ LARGEST_WIDTH = 130_000  # 128 * 128 * width, the largest sum (of 16 * code * x 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # what the CUDA kernels write
 
 
-@torch.library.custom_op("mergequant::tiled_linear", mutates_args=())
+@register_op
 def tiled_linear(
     codes: Tensor,
     tiles: Tensor,
@@ -72,7 +73,7 @@ def tiled_linear(
     return result.view(shape)
 
 
-@torch.library.custom_op("mergequant::tiled_swiglu_quant", mutates_args=())
+@register_op
 def tiled_swiglu_quant(
     codes: Tensor,
     tiles: Tensor,
