@@ -1,6 +1,8 @@
 """One scheme in vLLM's engine, measured in a process of its own; started by `run`.
 
-    python engine.py FOLDER OUT.json '{"arguments": {...}, "tensor_parallel": 1, "kv": "auto", "quick": false}'
+    python engine.py FOLDER OUT.json SETTINGS
+
+SETTINGS are '{"arguments": {...}, "tensor_parallel": 1, "together": 1, "kv": "auto", "quick": false}'.
 
 Greedy, no tokenizer, prefix caching off, CUDA graphs and torch.compile on as vLLM sets them, the same memory for keys
 and values in all.
@@ -19,6 +21,7 @@ KV_GIB = 20.75
 PREFILL, DECODE_CONTEXT, NEW = 2048, 512, 128
 BATCHES = (1, 16, 64)
 TIMED_STEPS = 64
+MOST_MEMORY = 0.9
 POLL = 0.1  # seconds
 EMPTY_STEP = 0.5  # ms; a step without tokens takes less
 
@@ -64,6 +67,7 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
         tensor_parallel_size=given["tensor_parallel"],
         kv_cache_dtype=given["kv"],
         kv_cache_memory_bytes=int(KV_GIB * 2**30) // given["tensor_parallel"],
+        gpu_memory_utilization=MOST_MEMORY / given["together"],  # must be free when the engine starts
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=PREFILL + NEW + TIMED_STEPS,

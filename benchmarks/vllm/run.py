@@ -183,6 +183,7 @@ class Engine:
             "arguments": {} if isinstance(kind, Ours) else kind.arguments,
             "quick": given.quick,
             "tensor_parallel": given.tensor_parallel,
+            "together": given.together,
             "kv": given.kv,
         }
         self.gpus, self.limit, self.started = gpus, 60 * given.minutes, time.time()

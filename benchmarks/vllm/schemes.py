@@ -156,10 +156,10 @@ def write_folder(shape: str, scheme: str, root: Path, layers: int | None = None,
         device: what draws the random codes of ours.
     """
     folder = root / f"{shape}-{layers or SHAPES[shape]['num_hidden_layers']}-{scheme}"
-    if (folder / "config.json").is_file():
+    config, kind = model_config(shape, layers), SCHEMES[scheme]
+    if (folder / "config.json").is_file() and (not isinstance(kind, Ours) or _whole(folder)):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config, kind = model_config(shape, layers), SCHEMES[scheme]
     if isinstance(kind, Ours):
         quantization = describe(config, kind)
         for number, tensors in enumerate(_tensors(config, quantization, device)):
@@ -173,6 +173,14 @@ def write_folder(shape: str, scheme: str, root: Path, layers: int | None = None,
     if isinstance(kind, Ours):
         open_checkpoint(folder).validate()
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether no shard of a checkpoint was deleted, as one may to make room between runs."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def describe(config: dict[str, Any], kind: Ours) -> Quantization:

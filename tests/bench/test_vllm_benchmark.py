@@ -43,7 +43,10 @@ def test_folder_of_ours_is_a_whole_checkpoint_of_sane_numbers(
     monkeypatch.setitem(schemes.SHAPES, "small", SMALL)
     monkeypatch.setattr(schemes, "EXTRA", 0.5)
     folder = schemes.write_folder("small", scheme, tmp_path)
+    shard = min(folder.glob("*.safetensors"))
+    shard.unlink()
     assert schemes.write_folder("small", scheme, tmp_path) == folder
+    assert shard.is_file()
     specs = open_checkpoint(folder).quantization.layers
     assert {spec.weight_bits for spec in specs.values() if isinstance(spec, LinearSpec)} == {4}
     assert specs["model.layers.0.input_layernorm"].width == 192
@@ -163,7 +166,9 @@ def test_engines_of_a_gpu_start_together_and_are_measured_in_turn(
     _, run = modules
     (tmp_path / "engine.py").write_text(ENGINE)
     monkeypatch.setattr(run, "HERE", tmp_path)
-    given = argparse.Namespace(quick=True, tensor_parallel=1, kv="auto", minutes=1, folders=tmp_path, path=[])
+    given = argparse.Namespace(
+        quick=True, tensor_parallel=1, kv="auto", minutes=1, together=3, folders=tmp_path, path=[]
+    )
     names = ("bf16", "fp8", "int8")
     first, broken, last = run._run(names, dict.fromkeys(names, tmp_path), "3", given)
     assert first["ready"] == last["ready"] == 2

@@ -39,25 +39,29 @@ def require_caches(
     Raises:
         KernelError: something is not as above.
     """
-    require(bits in CACHE_BITS, f"{op}: bits is {bits}; caches have {CACHE_BITS} bits")
+    require(bits in CACHE_BITS, lambda: f"{op}: bits is {bits}; caches have {CACHE_BITS} bits")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        require(cache.dim() == 4, f"{op}: {name} {tuple(cache.shape)} is not (batch, heads, capacity, width)")
-        require(cache.is_contiguous(), f"{op}: {name} is not contiguous; kernels address it as one block")
-        require(cache.shape == key_cache.shape, f"{op}: {name} {tuple(cache.shape)} differs from key_cache")
+        require(cache.dim() == 4, lambda: f"{op}: {name} {tuple(cache.shape)} is not (batch, heads, capacity, width)")
+        require(cache.is_contiguous(), lambda: f"{op}: {name} is not contiguous; kernels address it as one block")
+        require(cache.shape == key_cache.shape, lambda: f"{op}: {name} {tuple(cache.shape)} differs from key_cache")
         if like is not None:
-            require(cache.device == like.device, f"{op}: {name} is on {cache.device}, the input on {like.device}")
             require(
-                cache.shape[0] == like.shape[0], f"{op}: {name} has {cache.shape[0]} rows, the input {like.shape[0]}"
+                cache.device == like.device, lambda: f"{op}: {name} is on {cache.device}, the input on {like.device}"
+            )
+            require(
+                cache.shape[0] == like.shape[0],
+                lambda: f"{op}: {name} has {cache.shape[0]} rows, the input {like.shape[0]}",
             )
     stored = key_cache.shape[-1]
     width = head_width or (stored if bits == 16 else stored * 8 // bits)
     if bits == 16:
         for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
             require_float(op, name, cache)
-            require(stored == width, f"{op}: {name} has rows of {stored}, heads are {width} wide")
+            require(stored == width, lambda: f"{op}: {name} has rows of {stored}, heads are {width} wide")
             if like is not None:
                 require(
-                    cache.dtype == like.dtype, f"{op}: {name} is {cache.dtype}, the input {like.dtype}; use one dtype"
+                    cache.dtype == like.dtype,
+                    lambda: f"{op}: {name} is {cache.dtype}, the input {like.dtype}; use one dtype",
                 )
         return width
     wanted = cache_width(width, bits)
@@ -65,19 +69,21 @@ def require_caches(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         require(
             cache.dtype == torch.uint8 and stored == wanted,
-            f"{op}: {name} is {cache.dtype} with rows of {stored}; pass uint8 rows of {wanted} ({bits} bits)",
+            lambda: f"{op}: {name} is {cache.dtype} with rows of {stored}; pass uint8 rows of {wanted} ({bits} bits)",
         )
     require(
         capacity > 0 and capacity % CAPACITY_MULTIPLE == 0,
-        f"{op}: capacity {capacity} is no multiple of {CAPACITY_MULTIPLE}; round it up",
+        lambda: f"{op}: capacity {capacity} is no multiple of {CAPACITY_MULTIPLE}; round it up",
     )
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-        require(scale is not None, f"{op}: {name} is missing; quantized caches need it")
+        require(scale is not None, lambda: f"{op}: {name} is missing; quantized caches need it")
         assert scale is not None  # for the type checker
         require(
             scale.shape == (heads, width) and scale.dtype == torch.float32 and scale.device == key_cache.device,
-            f"{op}: {name} is {scale.dtype} {tuple(scale.shape)} on {scale.device}; "
-            f"pass float32 ({heads}, {width}) on {key_cache.device}",
+            lambda: (
+                f"{op}: {name} is {scale.dtype} {tuple(scale.shape)} on {scale.device}; "
+                f"pass float32 ({heads}, {width}) on {key_cache.device}"
+            ),
         )
     return width
 
@@ -86,12 +92,16 @@ def require_lengths(op: str, lengths: Tensor, rows: int, device: torch.device, m
     """`lengths` is int32 (rows,); on a CPU its values must lie in 0..most (on a GPU reading them would stall it)."""
     require(
         lengths.shape == (rows,) and lengths.dtype == torch.int32 and lengths.device == device,
-        f"{op}: lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}; "
-        f"pass int32 ({rows},) on {device}",
+        lambda: (
+            f"{op}: lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}; "
+            f"pass int32 ({rows},) on {device}"
+        ),
     )
     if device.type == "cpu" and rows:
         low, high = int(lengths.min()), int(lengths.max())
-        require(low >= 0 and high <= most, f"{op}: lengths are {low}..{high}, outside 0..{most}; enlarge the cache")
+        require(
+            low >= 0 and high <= most, lambda: f"{op}: lengths are {low}..{high}, outside 0..{most}; enlarge the cache"
+        )
 
 
 def unserved(head_width: int, group: int, dtype: torch.dtype, bits: int) -> dict[str, str | None]:

@@ -82,15 +82,20 @@ def add_rmsnorm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, 
     require_residual("add_rmsnorm", x, residual)
     require_float("add_rmsnorm", "weight", weight)
     channels = residual.shape[-1]
-    require(weight.shape == (channels,), f"add_rmsnorm: weight has shape {tuple(weight.shape)}; pass ({channels},)")
     require(
-        weight.device == residual.device, f"add_rmsnorm: weight is on {weight.device}, residual on {residual.device}"
+        weight.shape == (channels,), lambda: f"add_rmsnorm: weight has shape {tuple(weight.shape)}; pass ({channels},)"
+    )
+    require(
+        weight.device == residual.device,
+        lambda: f"add_rmsnorm: weight is on {weight.device}, residual on {residual.device}",
     )
     if bias is not None:
         require(
             bias.shape == (channels,) and bias.dtype == torch.float32 and bias.device == residual.device,
-            f"add_rmsnorm: bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; pass float32 ({channels},) on "
-            f"{residual.device}",
+            lambda: (
+                f"add_rmsnorm: bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; pass float32 "
+                f"({channels},) on {residual.device}"
+            ),
         )
     kernels = kernels_for("add_rmsnorm", "norm_quant", residual, x, weight)
     if kernels is not None:

@@ -65,11 +65,11 @@ def codebook_linear(
     require_float(name, "x", x)
     _check_weight(name, indices, books, layout, order, outliers, outputs)
     width = sum(layout[::PER_PART])
-    require(x.shape[-1] == width, f"{name}: x has {x.shape[-1]} channels, the weight {width} columns")
-    require(indices[0].device == x.device, f"{name}: the weight is on {indices[0].device}, x on {x.device}")
+    require(x.shape[-1] == width, lambda: f"{name}: x has {x.shape[-1]} channels, the weight {width} columns")
+    require(indices[0].device == x.device, lambda: f"{name}: the weight is on {indices[0].device}, x on {x.device}")
     if bias is not None:
-        require(bias.shape == (outputs,), f"{name}: bias {tuple(bias.shape)} is not ({outputs},)")
-        require(bias.dtype == x.dtype, f"{name}: bias is {bias.dtype}; pass {x.dtype}, as x is")
+        require(bias.shape == (outputs,), lambda: f"{name}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require(bias.dtype == x.dtype, lambda: f"{name}: bias is {bias.dtype}; pass {x.dtype}, as x is")
     tokens = x.numel() // width
     kernel = choose_kernel(NAME, x, tokens, lambda backend: _against(backend, x, books, layout, outliers, tokens))
     if kernel == "cuda":
@@ -175,32 +175,45 @@ def _check_weight(
     outliers: Sequence[Tensor],
     outputs: int,
 ) -> None:
-    require(outputs > 0 and len(indices) > 0, f"{op}: a weight of {outputs} outputs and {len(indices)} parts")
+    require(outputs > 0 and len(indices) > 0, lambda: f"{op}: a weight of {outputs} outputs and {len(indices)} parts")
     require(
         len(indices) == len(books) and len(layout) == PER_PART * len(books),
-        f"{op}: {len(indices)} indices, {len(books)} books and {len(layout)} numbers of layout; pass 1, 1 and 3 a part",
+        lambda: (
+            f"{op}: {len(indices)} indices, {len(books)} books and {len(layout)} numbers of layout; "
+            "pass 1, 1 and 3 a part"
+        ),
     )
     for number, (words, book) in enumerate(zip(indices, books)):
         columns, bits, residual_bits = layout[PER_PART * number : PER_PART * (number + 1)]
         entries = (1 << bits) + (1 << residual_bits if residual_bits else 0)
         fits = book.dim() == 3 and book.shape[1] == entries and book.shape[0] > 0 and columns % book.shape[0] == 0
         require(
-            fits, f"{op}: book {number} {tuple(book.shape)} is not (groups, {entries}, vector) for {columns} columns"
+            fits,
+            lambda: f"{op}: book {number} {tuple(book.shape)} is not (groups, {entries}, vector) for {columns} columns",
         )
-        require(book.dtype == torch.float16, f"{op}: book {number} is {book.dtype}; pass float16")
+        require(book.dtype == torch.float16, lambda: f"{op}: book {number} is {book.dtype}; pass float16")
         count = packed_words(vectors_for(outputs, book.shape[2]) * columns, bits + residual_bits)
-        require(words.shape == (count,), f"{op}: indices {number} {tuple(words.shape)} are not ({count},) words")
-        require(words.dtype == torch.int32, f"{op}: indices {number} are {words.dtype}; pass int32")
+        require(
+            words.shape == (count,), lambda: f"{op}: indices {number} {tuple(words.shape)} are not ({count},) words"
+        )
+        require(words.dtype == torch.int32, lambda: f"{op}: indices {number} are {words.dtype}; pass int32")
         for part in (words, book):
-            require(part.device == indices[0].device, f"{op}: part {number} is on {part.device}, others elsewhere")
+            require(
+                part.device == indices[0].device, lambda: f"{op}: part {number} is on {part.device}, others elsewhere"
+            )
     if order is not None:
         width = sum(layout[::PER_PART])
-        require(order.shape == (width,) and order.dtype == torch.int16, f"{op}: order is not int16 ({width},)")
-        require(order.device == indices[0].device, f"{op}: order is on {order.device}, indices elsewhere")
+        require(order.shape == (width,) and order.dtype == torch.int16, lambda: f"{op}: order is not int16 ({width},)")
+        require(order.device == indices[0].device, lambda: f"{op}: order is on {order.device}, indices elsewhere")
     if outliers:
         kinds = [(part.dtype, part.dim()) for part in outliers]
         fits = kinds == [(torch.int32, 1), (torch.int16, 1), (torch.float16, 1)]
-        require(fits, f"{op}: outliers are {kinds}; pass pointers int32, columns int16 and values float16")
+        require(fits, lambda: f"{op}: outliers are {kinds}; pass pointers int32, columns int16 and values float16")
         fits = outliers[0].shape == (outputs + 1,) and outliers[1].shape == outliers[2].shape
-        require(fits, f"{op}: outliers of {[tuple(part.shape) for part in outliers]}; pass ({outputs + 1},) and counts")
-        require(all(part.device == indices[0].device for part in outliers), f"{op}: outliers are on another device")
+        require(
+            fits,
+            lambda: f"{op}: outliers of {[tuple(part.shape) for part in outliers]}; pass ({outputs + 1},) and counts",
+        )
+        require(
+            all(part.device == indices[0].device for part in outliers), lambda: f"{op}: outliers are on another device"
+        )

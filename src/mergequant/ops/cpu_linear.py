@@ -76,8 +76,8 @@ def prepare_weight(weight: Tensor) -> PreparedWeight:
         KernelError: another dtype, shape or device.
     """
     require_codes("prepare_weight", "weight", weight)
-    require(weight.dim() == 2, f"prepare_weight: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
-    require(weight.is_cpu, f"prepare_weight: weight is on {weight.device}; only CPUs take prepared weights")
+    require(weight.dim() == 2, lambda: f"prepare_weight: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
+    require(weight.is_cpu, lambda: f"prepare_weight: weight is on {weight.device}; only CPUs take prepared weights")
     outputs, width = weight.shape
     weight, form = weight.contiguous(), _form()
     if form is None or weight.numel() == 0 or (not form.signed and weight.numel() <= SMALL_SHIFTED):

@@ -88,29 +88,29 @@ def _check(
     out_dtype: torch.dtype,
 ) -> None:
     for name, value in (("packed_codes", packed_codes), ("packed_weight", packed_weight)):
-        require(value.dtype == torch.uint8, f"{op}: {name} is {value.dtype}; pass the uint8 of pack_codes")
+        require(value.dtype == torch.uint8, lambda: f"{op}: {name} is {value.dtype}; pass the uint8 of pack_codes")
     require(
         packed_weight.dim() == 2 and packed_weight.numel() > 0,
-        f"{op}: packed_weight {tuple(packed_weight.shape)} is not (outputs, width / 2)",
+        lambda: f"{op}: packed_weight {tuple(packed_weight.shape)} is not (outputs, width / 2)",
     )
     outputs, size = packed_weight.shape
-    require(2 * size <= LARGEST_WIDTH, f"{op}: codes are {2 * size} wide; sums are exact up to {LARGEST_WIDTH}")
+    require(2 * size <= LARGEST_WIDTH, lambda: f"{op}: codes are {2 * size} wide; sums are exact up to {LARGEST_WIDTH}")
     require(
         packed_codes.dim() >= 1 and packed_codes.shape[-1] == size,
-        f"{op}: packed_codes {tuple(packed_codes.shape)} do not end in {size} bytes",
+        lambda: f"{op}: packed_codes {tuple(packed_codes.shape)} do not end in {size} bytes",
     )
-    require(weight_scale.dtype == torch.float32, f"{op}: weight_scale is {weight_scale.dtype}; pass float32")
+    require(weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale is {weight_scale.dtype}; pass float32")
     require(
         weight_scale.shape == (outputs,) and weight_scale.is_contiguous(),
-        f"{op}: weight_scale {tuple(weight_scale.shape)} is not a contiguous ({outputs},)",
+        lambda: f"{op}: weight_scale {tuple(weight_scale.shape)} is not a contiguous ({outputs},)",
     )
     others = {"packed_weight": packed_weight, "weight_scale": weight_scale, "token_scale": token_scale, "bias": bias}
     require_same_device(op, packed_codes, **others)
     if token_scale is not None:
         wanted = (*packed_codes.shape[:-1], 1)
-        require(token_scale.shape == wanted, f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
-        require(token_scale.dtype == torch.float32, f"{op}: token_scale is {token_scale.dtype}; pass float32")
+        require(token_scale.shape == wanted, lambda: f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
+        require(token_scale.dtype == torch.float32, lambda: f"{op}: token_scale is {token_scale.dtype}; pass float32")
     if bias is not None:
-        require(bias.shape == (outputs,), f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require(bias.shape == (outputs,), lambda: f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
         require_float(op, "bias", bias)
-    require(out_dtype in FLOAT_DTYPES, f"{op}: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{op}: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")

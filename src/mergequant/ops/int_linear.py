@@ -62,7 +62,9 @@ def int4_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """As `int8_linear`, with weights packed two to a byte: uint8 (outputs, width // 2), low nibble first."""
-    require(packed_weight.dtype == torch.uint8, f"int4_linear: packed_weight is {packed_weight.dtype}; pass uint8")
+    require(
+        packed_weight.dtype == torch.uint8, lambda: f"int4_linear: packed_weight is {packed_weight.dtype}; pass uint8"
+    )
     _check_weight("int4_linear", codes, packed_weight)
     outputs, packed_width = packed_weight.shape
     check_linear("int4_linear", codes, outputs, 2 * packed_width, weight_scale, token_scale, bias, out_dtype)
@@ -118,8 +120,8 @@ def _piece(
 
 def _check_weight(op: str, codes: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2 or weight.device != codes.device:
-        require(weight.dim() == 2, f"{op}: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
-        require(weight.device == codes.device, f"{op}: weight is on {weight.device}, codes on {codes.device}")
+        require(weight.dim() == 2, lambda: f"{op}: weight has shape {tuple(weight.shape)}; pass (outputs, width)")
+        require(weight.device == codes.device, lambda: f"{op}: weight is on {weight.device}, codes on {codes.device}")
 
 
 def check_linear(
@@ -150,19 +152,23 @@ def check_linear(
     ):
         return
     require_codes(op, "codes", codes)
-    require(codes.dim() >= 1 and codes.shape[-1] == width, f"{op}: codes {tuple(codes.shape)} do not end in {width}")
-    require(weight_scale.shape == (outputs,), f"{op}: weight_scale {tuple(weight_scale.shape)} is not ({outputs},)")
+    require(
+        codes.dim() >= 1 and codes.shape[-1] == width, lambda: f"{op}: codes {tuple(codes.shape)} do not end in {width}"
+    )
+    require(
+        weight_scale.shape == (outputs,), lambda: f"{op}: weight_scale {tuple(weight_scale.shape)} is not ({outputs},)"
+    )
     require_vector(op, "weight_scale", weight_scale, outputs, codes, torch.float32)
     if token_scale is not None:
         wanted = (*codes.shape[:-1], 1)
-        require(token_scale.shape == wanted, f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
-        require(token_scale.dtype == torch.float32, f"{op}: token_scale is {token_scale.dtype}; pass float32")
+        require(token_scale.shape == wanted, lambda: f"{op}: token_scale {tuple(token_scale.shape)} is not {wanted}")
+        require(token_scale.dtype == torch.float32, lambda: f"{op}: token_scale is {token_scale.dtype}; pass float32")
         require(
             token_scale.device == codes.device,
-            f"{op}: token_scale is on {token_scale.device}, codes on {codes.device}",
+            lambda: f"{op}: token_scale is on {token_scale.device}, codes on {codes.device}",
         )
     if bias is not None:
-        require(bias.shape == (outputs,), f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require(bias.shape == (outputs,), lambda: f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
         require_float(op, "bias", bias)
-        require(bias.device == codes.device, f"{op}: bias is on {bias.device}, codes on {codes.device}")
-    require(out_dtype in FLOAT_DTYPES, f"{op}: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")
+        require(bias.device == codes.device, lambda: f"{op}: bias is on {bias.device}, codes on {codes.device}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"{op}: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")

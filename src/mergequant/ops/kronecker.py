@@ -89,9 +89,12 @@ def _require_factors(op: str, x: Tensor, left: Tensor, right: Tensor | None) -> 
             continue
         require_float(op, name, factor)
         square = factor.dim() == 2 and factor.shape[0] == factor.shape[1] > 0
-        require(square, f"{op}: {name} has shape {tuple(factor.shape)}; pass a square matrix")
-        require(factor.device == x.device, f"{op}: {name} is on {factor.device}, the input on {x.device}")
+        require(square, lambda: f"{op}: {name} has shape {tuple(factor.shape)}; pass a square matrix")
+        require(factor.device == x.device, lambda: f"{op}: {name} is on {factor.device}, the input on {x.device}")
     size = left.shape[0]
-    require(width % size == 0, f"{op}: left has {size} rows, which do not divide the width {width}")
+    require(width % size == 0, lambda: f"{op}: left has {size} rows, which do not divide the width {width}")
     other = width // size if right is None else right.shape[0]
-    require(size * other == width, f"{op}: left has {size} rows, right {other}: the product must be the width {width}")
+    require(
+        size * other == width,
+        lambda: f"{op}: left has {size} rows, right {other}: the product must be the width {width}",
+    )

@@ -188,32 +188,36 @@ def _check(
 ) -> int:
     op = "kv_append"
     require_float(op, "qkv", qkv)
-    require(qkv.dim() == 3, f"{op}: qkv {tuple(qkv.shape)} is not (batch, tokens, width)")
-    require(key_cache.dim() == 4, f"{op}: key_cache {tuple(key_cache.shape)} is not (batch, heads, capacity, width)")
+    require(qkv.dim() == 3, lambda: f"{op}: qkv {tuple(qkv.shape)} is not (batch, tokens, width)")
+    require(
+        key_cache.dim() == 4, lambda: f"{op}: key_cache {tuple(key_cache.shape)} is not (batch, heads, capacity, width)"
+    )
     key_heads, capacity = key_cache.shape[1:3]
     require(
         heads > 0 and key_heads > 0 and heads % key_heads == 0,
-        f"{op}: {heads} query heads are no multiple of {key_heads} key heads",
+        lambda: f"{op}: {heads} query heads are no multiple of {key_heads} key heads",
     )
     width = qkv.shape[2] // (heads + 2 * key_heads)
     require(
         width > 0 and width % 2 == 0 and qkv.shape[2] == width * (heads + 2 * key_heads),
-        f"{op}: qkv is {qkv.shape[2]} wide, which is not {heads} + 2 * {key_heads} heads of one even width",
+        lambda: f"{op}: qkv is {qkv.shape[2]} wide, which is not {heads} + 2 * {key_heads} heads of one even width",
     )
     require_caches(op, key_cache, value_cache, key_scale, value_scale, bits, width, qkv)
     for name, table in (("cos", cos), ("sin", sin)):
         require(
             table.dim() == 2 and table.shape[0] >= capacity and table.shape[1] == width // 2,
-            f"{op}: {name} is {tuple(table.shape)}; pass (at least {capacity}, {width // 2}), a row per position",
+            lambda: (
+                f"{op}: {name} is {tuple(table.shape)}; pass (at least {capacity}, {width // 2}), a row per position"
+            ),
         )
         require(
             table.dtype == torch.float32 and table.is_contiguous() and table.device == qkv.device,
-            f"{op}: {name} is {table.dtype} on {table.device}; pass contiguous float32 on {qkv.device}",
+            lambda: f"{op}: {name} is {table.dtype} on {table.device}; pass contiguous float32 on {qkv.device}",
         )
     for name, gain in (("query_norm", query_norm), ("key_norm", key_norm)):
         require(
             gain is None or (gain.shape == (width,) and gain.dtype == torch.float32 and gain.device == qkv.device),
-            f"{op}: {name} must be float32 ({width},) on {qkv.device}, or None",
+            lambda: f"{op}: {name} must be float32 ({width},) on {qkv.device}, or None",
         )
     require_lengths(op, lengths, qkv.shape[0], qkv.device, capacity - qkv.shape[1])
     return width

@@ -160,8 +160,8 @@ def kv_read(
         KernelError: a dtype, shape or device that is not as above.
     """
     width = require_caches("kv_read", key_cache, value_cache, key_scale, value_scale, bits)
-    require(0 <= tokens <= key_cache.shape[2], f"kv_read: tokens is {tokens}, outside 0..{key_cache.shape[2]}")
-    require(dtype in FLOAT_DTYPES, f"kv_read: dtype is {dtype}; pass one of {FLOAT_DTYPES}")
+    require(0 <= tokens <= key_cache.shape[2], lambda: f"kv_read: tokens is {tokens}, outside 0..{key_cache.shape[2]}")
+    require(dtype in FLOAT_DTYPES, lambda: f"kv_read: dtype is {dtype}; pass one of {FLOAT_DTYPES}")
     if bits == 16 or key_scale is None or value_scale is None:
         return key_cache[:, :, :tokens].to(dtype, copy=True), value_cache[:, :, :tokens].to(dtype, copy=True)
     reasons = unserved(width, 1, dtype, bits)
@@ -252,14 +252,14 @@ def _check(
 ) -> int:
     op = "kv_attention"
     require_float(op, "q", q)
-    require(q.dim() == 3, f"{op}: q {tuple(q.shape)} is not (batch, heads, width)")
+    require(q.dim() == 3, lambda: f"{op}: q {tuple(q.shape)} is not (batch, heads, width)")
     require_caches(op, key_cache, value_cache, key_scale, value_scale, bits, q.shape[2], q)
     key_heads, capacity = key_cache.shape[1:3]
     heads, width = q.shape[1:]
-    require(heads % key_heads == 0, f"{op}: {heads} query heads are no multiple of {key_heads} key heads")
-    require(most > 0, f"{op}: most is {most}; pass the largest length that can occur")
+    require(heads % key_heads == 0, lambda: f"{op}: {heads} query heads are no multiple of {key_heads} key heads")
+    require(most > 0, lambda: f"{op}: most is {most}; pass the largest length that can occur")
     require_lengths(op, lengths, q.shape[0], q.device, capacity)
-    require((prefix_key is None) == (prefix_value is None), f"{op}: prefix_key and prefix_value go together")
+    require((prefix_key is None) == (prefix_value is None), lambda: f"{op}: prefix_key and prefix_value go together")
     for name, prefix in (("prefix_key", prefix_key), ("prefix_value", prefix_value)):
         if prefix is None:
             continue
@@ -267,17 +267,17 @@ def _check(
             prefix.dim() == 3
             and prefix.shape == (key_heads, prefix.shape[1], width)
             and prefix.shape[1] <= MOST_PREFIX,
-            f"{op}: {name} is {tuple(prefix.shape)}; pass ({key_heads}, up to {MOST_PREFIX}, {width})",
+            lambda: f"{op}: {name} is {tuple(prefix.shape)}; pass ({key_heads}, up to {MOST_PREFIX}, {width})",
         )
         require(
             prefix.dtype == q.dtype and prefix.device == q.device and prefix.is_contiguous(),
-            f"{op}: {name} is {prefix.dtype} on {prefix.device}; pass contiguous {q.dtype} on {q.device}",
+            lambda: f"{op}: {name} is {prefix.dtype} on {prefix.device}; pass contiguous {q.dtype} on {q.device}",
         )
     if prefix_key is not None and prefix_value is not None:
-        require(prefix_key.shape == prefix_value.shape, f"{op}: prefix_key and prefix_value differ in shape")
+        require(prefix_key.shape == prefix_value.shape, lambda: f"{op}: prefix_key and prefix_value differ in shape")
     require(
         (out_bits == 0 and out_multiplier is None) or (out_bits in ACTIVATION_BITS and out_multiplier is not None),
-        f"{op}: out_bits is {out_bits}; pass a width of {ACTIVATION_BITS} with out_multiplier, or 0 without",
+        lambda: f"{op}: out_bits is {out_bits}; pass a width of {ACTIVATION_BITS} with out_multiplier, or 0 without",
     )
     require_vector(op, "out_multiplier", out_multiplier, heads * width, q, torch.float32)
     return heads // key_heads

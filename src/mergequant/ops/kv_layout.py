@@ -70,10 +70,14 @@ def cache_width(head_width: int, bits: int) -> int:
     Raises:
         KernelError: bits other than 4 and 8, or a head width that the order of the bytes does not cover.
     """
-    require(bits in (4, 8), f"a quantized cache has 4 or 8 bits, not {bits}; float caches (bits=16) hold plain rows")
+    require(
+        bits in (4, 8), lambda: f"a quantized cache has 4 or 8 bits, not {bits}; float caches (bits=16) hold plain rows"
+    )
     require(
         head_width > 0 and head_width % WIDTH_MULTIPLE == 0,
-        f"head width {head_width} is no multiple of {WIDTH_MULTIPLE}: quantized caches cannot hold it; use bits=16",
+        lambda: (
+            f"head width {head_width} is no multiple of {WIDTH_MULTIPLE}: quantized caches cannot hold it; use bits=16"
+        ),
     )
     return head_width * bits // 8
 

@@ -71,7 +71,7 @@ def sparse_dense_linear(
     _check(x, codes, scale, zero, statistics, order, bits, tile, width)
     _check_outliers(x, codes.shape[0], pointers, columns, values)
     if bias is not None:
-        require(bias.shape == (codes.shape[0],), f"{NAME}: bias {tuple(bias.shape)} is not (outputs,)")
+        require(bias.shape == (codes.shape[0],), lambda: f"{NAME}: bias {tuple(bias.shape)} is not (outputs,)")
     tokens = x.numel() // max(width, 1)
     kernel = choose_kernel(
         NAME, x, tokens, lambda name: _against(name, x, codes, scale, pointers, columns, bits, tile, tokens)
@@ -174,47 +174,56 @@ def _check(
     tile: int,
     width: int,
 ) -> None:
-    require(bits in SUPPORTED_BITS, f"{NAME}: bits is {bits}; allowed are {SUPPORTED_BITS}")
-    require(codes.dtype == torch.uint8 and codes.dim() == 2, f"{NAME}: codes must be uint8 (outputs, bytes)")
+    require(bits in SUPPORTED_BITS, lambda: f"{NAME}: bits is {bits}; allowed are {SUPPORTED_BITS}")
+    require(codes.dtype == torch.uint8 and codes.dim() == 2, lambda: f"{NAME}: codes must be uint8 (outputs, bytes)")
     outputs = codes.shape[0]
     need = stream_width(width, bits)
-    require(codes.shape[1] == need, f"{NAME}: codes: {codes.shape[1]} bytes a row; {width} of {bits} bits take {need}")
+    require(
+        codes.shape[1] == need,
+        lambda: f"{NAME}: codes: {codes.shape[1]} bytes a row; {width} of {bits} bits take {need}",
+    )
     groups = scale.shape[-1] if scale.dim() == 2 else 0
     fits = scale.shape == (outputs, groups) and groups > 0 and width % groups == 0
-    require(fits, f"{NAME}: scale {tuple(scale.shape)} is not ({outputs}, groups) with groups that divide {width}")
+    require(
+        fits, lambda: f"{NAME}: scale {tuple(scale.shape)} is not ({outputs}, groups) with groups that divide {width}"
+    )
     dtype = torch.float16 if statistics is None else torch.uint8
-    require(scale.dtype == dtype, f"{NAME}: scale is {scale.dtype}; pass {dtype}")
+    require(scale.dtype == dtype, lambda: f"{NAME}: scale is {scale.dtype}; pass {dtype}")
     if zero is not None:
         fits = statistics is None and zero.shape == scale.shape and zero.dtype == torch.float16
-        require(fits, f"{NAME}: zero {zero.dtype} {tuple(zero.shape)} is not float16 and shaped like scale")
+        require(fits, lambda: f"{NAME}: zero {zero.dtype} {tuple(zero.shape)} is not float16 and shaped like scale")
     if statistics is not None:
-        require(tile > 0, f"{NAME}: tile is {tile}; statistics need the rows that share them")
+        require(tile > 0, lambda: f"{NAME}: tile is {tile}; statistics need the rows that share them")
         shape = (tiles_of(outputs, tile), groups, 4)
         fits = statistics.shape == shape and statistics.dtype == torch.float16
-        require(fits, f"{NAME}: statistics {statistics.dtype} {tuple(statistics.shape)} are not float16 {shape}")
+        require(
+            fits, lambda: f"{NAME}: statistics {statistics.dtype} {tuple(statistics.shape)} are not float16 {shape}"
+        )
     if order is not None:
         fits = order.dtype == torch.int16 and order.shape == (width,)
-        require(fits, f"{NAME}: order {order.dtype} {tuple(order.shape)} is not int16 ({width},)")
+        require(fits, lambda: f"{NAME}: order {order.dtype} {tuple(order.shape)} is not int16 ({width},)")
     for part in (codes, scale, zero, statistics, order):
         same = part is None or part.device == x.device
-        require(same, f"{NAME}: the weight is on {codes.device}, the input on {x.device}")
+        require(same, lambda: f"{NAME}: the weight is on {codes.device}, the input on {x.device}")
 
 
 def _check_outliers(
     x: Tensor, outputs: int, pointers: Tensor | None, columns: Tensor | None, values: Tensor | None
 ) -> None:
     together = (columns is None) == (values is None) and not (columns is None and pointers is not None)
-    require(together, f"{NAME}: outliers have columns and values, and pointers unless they are whole columns")
+    require(together, lambda: f"{NAME}: outliers have columns and values, and pointers unless they are whole columns")
     if columns is None or values is None:
         return
     fits = columns.dtype == torch.int16 and columns.dim() == 1
-    require(fits, f"{NAME}: columns {columns.dtype} {tuple(columns.shape)} are not int16 (count,)")
+    require(fits, lambda: f"{NAME}: columns {columns.dtype} {tuple(columns.shape)} are not int16 (count,)")
     shape = (outputs, columns.shape[0]) if pointers is None else (columns.shape[0],)
     fits = values.dtype == torch.float16 and values.shape == shape
-    require(fits, f"{NAME}: values {values.dtype} {tuple(values.shape)} are not float16 {shape}")
+    require(fits, lambda: f"{NAME}: values {values.dtype} {tuple(values.shape)} are not float16 {shape}")
     if pointers is not None:
         fits = pointers.dtype == torch.int32 and pointers.shape == (outputs + 1,)
-        require(fits, f"{NAME}: pointers {pointers.dtype} {tuple(pointers.shape)} are not int32 ({outputs + 1},)")
+        require(
+            fits, lambda: f"{NAME}: pointers {pointers.dtype} {tuple(pointers.shape)} are not int32 ({outputs + 1},)"
+        )
     for part in (pointers, columns, values):
         same = part is None or part.device == x.device
-        require(same, f"{NAME}: outliers are on {columns.device}, the input on {x.device}")
+        require(same, lambda: f"{NAME}: outliers are on {columns.device}, the input on {x.device}")

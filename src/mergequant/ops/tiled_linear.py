@@ -51,7 +51,7 @@ def tiled_linear(
         KernelError: a dtype, shape or device that is not as above.
     """
     _check("tiled_linear", codes, tiles, weight_scale, token_scale, bias, weight_bits)
-    require(out_dtype in FLOAT_DTYPES, f"tiled_linear: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")
+    require(out_dtype in FLOAT_DTYPES, lambda: f"tiled_linear: out_dtype is {out_dtype}; pass one of {FLOAT_DTYPES}")
     rows, scales, offset = _flat(codes, token_scale, bias)
     shape = (*codes.shape[:-1], weight_scale.shape[0])
     if rows.shape[0] == 0:
@@ -104,9 +104,12 @@ def tiled_swiglu_quant(
     outputs = weight_scale.shape[0]
     require(
         outputs % (2 * GROUP) == 0,
-        f"tiled_swiglu_quant: {outputs} rows are not groups of {GROUP} gate and {GROUP} up rows; use interleave_rows",
+        lambda: (
+            f"tiled_swiglu_quant: {outputs} rows are not groups of {GROUP} gate and {GROUP} up rows; "
+            "use interleave_rows"
+        ),
     )
-    require(bits in ACTIVATION_BITS, f"tiled_swiglu_quant: bits is {bits}; allowed are {ACTIVATION_BITS}")
+    require(bits in ACTIVATION_BITS, lambda: f"tiled_swiglu_quant: bits is {bits}; allowed are {ACTIVATION_BITS}")
     rows, scales, offset = _flat(codes, token_scale, bias)
     shape = (*codes.shape[:-1], outputs // 2)
     if rows.shape[0] == 0:
@@ -184,30 +187,32 @@ def _check(
     weight_bits: int,
 ) -> None:
     require_codes(op, "codes", codes)
-    require(codes.dim() >= 1 and codes.shape[-1] > 0, f"{op}: codes {tuple(codes.shape)} have no width")
+    require(codes.dim() >= 1 and codes.shape[-1] > 0, lambda: f"{op}: codes {tuple(codes.shape)} have no width")
     width = codes.shape[-1]
-    require(width <= LARGEST_WIDTH, f"{op}: codes are {width} wide; int32 sums are exact up to {LARGEST_WIDTH}")
-    require(weight_scale.dtype == torch.float32, f"{op}: weight_scale is {weight_scale.dtype}; pass float32")
+    require(width <= LARGEST_WIDTH, lambda: f"{op}: codes are {width} wide; int32 sums are exact up to {LARGEST_WIDTH}")
+    require(weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale is {weight_scale.dtype}; pass float32")
     require(
         weight_scale.dim() == 1 and weight_scale.shape[0] > 0 and weight_scale.is_contiguous(),
-        f"{op}: weight_scale {tuple(weight_scale.shape)} is not a contiguous (outputs,)",
+        lambda: f"{op}: weight_scale {tuple(weight_scale.shape)} is not a contiguous (outputs,)",
     )
     outputs = weight_scale.shape[0]
-    require(tiles.dtype == torch.uint8, f"{op}: tiles are {tiles.dtype}; pass the uint8 of tile_weight")
+    require(tiles.dtype == torch.uint8, lambda: f"{op}: tiles are {tiles.dtype}; pass the uint8 of tile_weight")
     wanted = tile_shape(outputs, width, weight_bits)
     require(
         tuple(tiles.shape) == wanted,
-        f"{op}: tiles {tuple(tiles.shape)} are not {wanted}, those of {outputs} outputs, codes {width} wide and "
-        f"{weight_bits} bits; make them with tile_weight",
+        lambda: (
+            f"{op}: tiles {tuple(tiles.shape)} are not {wanted}, those of {outputs} outputs, codes {width} wide and "
+            f"{weight_bits} bits; make them with tile_weight"
+        ),
     )
-    require(tiles.is_contiguous(), f"{op}: tiles are not contiguous; call .contiguous() once, at load time")
+    require(tiles.is_contiguous(), lambda: f"{op}: tiles are not contiguous; call .contiguous() once, at load time")
     require_same_device(op, codes, tiles=tiles, weight_scale=weight_scale, token_scale=token_scale, bias=bias)
     if token_scale is not None:
         shape = (*codes.shape[:-1], 1)
-        require(token_scale.shape == shape, f"{op}: token_scale {tuple(token_scale.shape)} is not {shape}")
-        require(token_scale.dtype == torch.float32, f"{op}: token_scale is {token_scale.dtype}; pass float32")
+        require(token_scale.shape == shape, lambda: f"{op}: token_scale {tuple(token_scale.shape)} is not {shape}")
+        require(token_scale.dtype == torch.float32, lambda: f"{op}: token_scale is {token_scale.dtype}; pass float32")
     if bias is not None:
-        require(bias.shape == (outputs,), f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
+        require(bias.shape == (outputs,), lambda: f"{op}: bias {tuple(bias.shape)} is not ({outputs},)")
         require_float(op, "bias", bias)
 
 
@@ -216,5 +221,5 @@ def require_same_device(op: str, codes: Tensor, **others: Tensor | None) -> None
     for name, other in others.items():
         require(
             other is None or other.device == codes.device,
-            f"{op}: {name} is on {None if other is None else other.device}, codes on {codes.device}",
+            lambda: f"{op}: {name} is on {None if other is None else other.device}, codes on {codes.device}",
         )

@@ -41,7 +41,10 @@ def tile_bytes(weight_bits: int) -> int:
     Raises:
         KernelError: bits other than 4 and 8.
     """
-    require(weight_bits in (4, 8), f"tiles hold weights of 4 or 8 bits, not {weight_bits}; widen narrower codes to 4")
+    require(
+        weight_bits in (4, 8),
+        lambda: f"tiles hold weights of 4 or 8 bits, not {weight_bits}; widen narrower codes to 4",
+    )
     return TILE_ROWS * TILE_WIDTH * weight_bits // 8
 
 
@@ -64,12 +67,15 @@ def tile_weight(codes: Tensor, weight_bits: int) -> Tensor:
         KernelError: another dtype or shape, or a code that 4 bits do not hold.
     """
     require_codes("tile_weight", "codes", codes)
-    require(codes.dim() == 2 and codes.numel() > 0, f"tile_weight: codes {tuple(codes.shape)} are not (outputs, width)")
+    require(
+        codes.dim() == 2 and codes.numel() > 0,
+        lambda: f"tile_weight: codes {tuple(codes.shape)} are not (outputs, width)",
+    )
     outputs, width = codes.shape
     rows, columns, size = tile_shape(outputs, width, weight_bits)
     if weight_bits == 4:
         low, high = (int(end) for end in codes.aminmax())
-        require(low >= -8 and high <= 7, f"tile_weight: codes reach {low}..{high}; 4 bits hold -8..7")
+        require(low >= -8 and high <= 7, lambda: f"tile_weight: codes reach {low}..{high}; 4 bits hold -8..7")
     fill = (0, columns * TILE_WIDTH - width, 0, rows * TILE_ROWS - outputs)
     whole = torch.nn.functional.pad(codes, fill) if any(fill) else codes.contiguous()
     words = _words(whole)
@@ -91,9 +97,9 @@ def untile_weight(tiles: Tensor, outputs: int, width: int, weight_bits: int) -> 
     Raises:
         KernelError: tiles that are not those of such a weight.
     """
-    require(tiles.dtype == torch.uint8, f"untile_weight: tiles are {tiles.dtype}; pass uint8")
+    require(tiles.dtype == torch.uint8, lambda: f"untile_weight: tiles are {tiles.dtype}; pass uint8")
     wanted = tile_shape(outputs, width, weight_bits)
-    require(tuple(tiles.shape) == wanted, f"untile_weight: tiles {tuple(tiles.shape)} are not {wanted}")
+    require(tuple(tiles.shape) == wanted, lambda: f"untile_weight: tiles {tuple(tiles.shape)} are not {wanted}")
     rows, columns, _ = wanted
     words = _words(tiles.contiguous())
     words = words.view(rows, columns, 2 if weight_bits == 4 else 4, 4, 8, 4, 2, 2).permute(0, 3, 7, 4, 1, 2, 6, 5)
@@ -124,8 +130,11 @@ def interleave_rows(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelError: shapes or dtypes that differ, or rows that do not fill groups of 8.
     """
-    require(gate.shape == up.shape, f"interleave_rows: gate {tuple(gate.shape)}, up {tuple(up.shape)}; they must agree")
-    require(gate.dtype == up.dtype, f"interleave_rows: gate is {gate.dtype}, up {up.dtype}; they must agree")
+    require(
+        gate.shape == up.shape,
+        lambda: f"interleave_rows: gate {tuple(gate.shape)}, up {tuple(up.shape)}; they must agree",
+    )
+    require(gate.dtype == up.dtype, lambda: f"interleave_rows: gate is {gate.dtype}, up {up.dtype}; they must agree")
     if gate.dim() == 0 or gate.shape[0] % GROUP:
         raise KernelError(
             f"interleave_rows: {tuple(gate.shape)} has no rows in groups of {GROUP}; pad both with rows of zeros"

@@ -43,16 +43,22 @@ def two_level_linear(
         KernelError: a dtype, shape or device that is not as above, or weights whose middle level no int8 holds.
     """
     name = "two_level_linear"
-    require(packed_weight.dtype == torch.uint8, f"{name}: packed_weight is {packed_weight.dtype}; pass uint8")
-    require(packed_weight.dim() == 2, f"{name}: packed_weight {tuple(packed_weight.shape)} is not (outputs, width / 2)")
+    require(packed_weight.dtype == torch.uint8, lambda: f"{name}: packed_weight is {packed_weight.dtype}; pass uint8")
+    require(
+        packed_weight.dim() == 2,
+        lambda: f"{name}: packed_weight {tuple(packed_weight.shape)} is not (outputs, width / 2)",
+    )
     outputs, width = packed_weight.shape[0], 2 * packed_weight.shape[1]
     groups = group_scale.shape[-1] if group_scale.dim() == 2 else 0
     for what, part, dtype in (("group_scale", group_scale, torch.uint8), ("group_zero", group_zero, torch.int8)):
-        require(part.dtype == dtype, f"{name}: {what} is {part.dtype}; pass {dtype}")
+        require(part.dtype == dtype, lambda: f"{name}: {what} is {part.dtype}; pass {dtype}")
         fits = part.shape == (outputs, groups) and groups > 0 and width % groups == 0
-        require(fits, f"{name}: {what} {tuple(part.shape)} is not ({outputs}, groups) with groups that divide {width}")
+        require(
+            fits,
+            lambda: f"{name}: {what} {tuple(part.shape)} is not ({outputs}, groups) with groups that divide {width}",
+        )
     for part in (packed_weight, group_scale, group_zero):
-        require(part.device == codes.device, f"{name}: the weight is on {part.device}, codes on {codes.device}")
+        require(part.device == codes.device, lambda: f"{name}: the weight is on {part.device}, codes on {codes.device}")
     check_linear(name, codes, outputs, width, weight_scale, token_scale, bias, out_dtype)
     weight = middle_codes(unpack_codes(packed_weight, TWO_LEVEL_BITS), group_scale, group_zero)
     return linear_rows(codes, weight, weight_scale, token_scale, bias, out_dtype)

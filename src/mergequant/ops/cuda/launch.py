@@ -6,6 +6,7 @@ A launch from Python costs several microseconds of processor time; inside a capt
 
 import ctypes
 import logging
+import struct
 import sys
 import threading
 from collections import OrderedDict
@@ -27,6 +28,7 @@ __all__ = ["Kernel", "Long", "TensorMap", "architecture", "kernel", "multiproces
 LOG = logging.getLogger("mergequant")
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
+POINTER, MAP = "Q", f"{TENSOR_MAP_BYTES}s"  # kinds of arguments, as `struct` has them
 KEPT_TENSOR_MAPS = 4096
 COMPILING_THREADS = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that wants more must say so once
@@ -98,15 +100,15 @@ class Kernel:
                 f"{self.unit}: {shared} bytes of shared memory",
             )
             self._shared = shared
-        key = (grid, threads, shared, cluster, overlap)
+        shape = (grid, threads, shared, cluster, overlap)
+        key = (*shape, threading.get_ident())  # the stream is written into it
         configuration = self._configurations.get(key)
         if configuration is None:
-            configuration = self._configurations[key] = _configuration(*key)
-        slots, pointers = _arguments(args)
+            configuration = self._configurations[key] = _configuration(*shape)
         configuration.hStream = torch.cuda.current_stream(self._device).cuda_stream
-        status = driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(pointers), 0)
-        del slots  # the driver has copied the arguments
-        _call(status, f"{self.unit}: launching {self.name!r} on grid {grid} failed")
+        status = driver.cuLaunchKernelEx(configuration, self._function, _arguments(args), 0)  # which copies arguments
+        if int(status[0]) != 0:
+            _call(status, f"{self.unit}: launching {self.name!r} on grid {grid} failed")
 
 
 def architecture(device: torch.device) -> str:
@@ -218,27 +220,65 @@ def _encode(tensor: Tensor, box: tuple[int, int], swizzle: bool) -> bytes:
     return ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES)
 
 
-def _arguments(args: Sequence[Argument]) -> tuple[list[Any], Any]:
-    """Values in memory, and the array of their addresses that the driver wants."""
-    slots: list[Any] = []
-    pointers = (ctypes.c_void_p * max(len(args), 1))()
-    for position, value in enumerate(args):
-        slot: Any
+class _Frame:
+    """Memory for the arguments of a launch, of a fixed sequence of kinds, and the addresses that the driver wants."""
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        form, offsets, size = "<", [], 0
+        for kind in kinds:
+            alignment = TENSOR_MAP_ALIGNMENT if kind == MAP else struct.calcsize(kind)
+            gap = -size % alignment
+            offsets.append(size + gap)
+            form += f"{gap}x{kind}"
+            size = offsets[-1] + struct.calcsize(kind)
+        self._form = struct.Struct(form)
+        self._memory = ctypes.create_string_buffer(size + TENSOR_MAP_ALIGNMENT)
+        self._start = -ctypes.addressof(self._memory) % TENSOR_MAP_ALIGNMENT
+        first = ctypes.addressof(self._memory) + self._start
+        self._pointers = (ctypes.c_void_p * max(len(kinds), 1))(*(first + offset for offset in offsets))
+        self.address = ctypes.addressof(self._pointers)
+
+    def fill(self, values: Sequence[int | float | bytes]) -> None:
+        """Put values in, each of its kind."""
+        self._form.pack_into(self._memory, self._start, *values)
+
+
+class _Frames(threading.local):
+    """Frames of a thread: one is filled anew at each launch, while the driver may still read another thread's."""
+
+    def __init__(self) -> None:
+        self.by_kinds: dict[tuple[str, ...], _Frame] = {}
+
+
+_frames = _Frames()
+
+
+def _arguments(args: Sequence[Argument]) -> int:
+    """Values in memory; the address of the array of their addresses, good until this thread's next call."""
+    kinds: list[str] = []
+    values: list[int | float | bytes] = []
+    for value in args:
         if isinstance(value, Tensor):
-            slot = ctypes.c_void_p(value.data_ptr())
+            kinds.append(POINTER)
+            values.append(value.data_ptr())
         elif value is None:
-            slot = ctypes.c_void_p(0)
+            kinds.append(POINTER)
+            values.append(0)
         elif isinstance(value, TensorMap):
-            slot = ctypes.create_string_buffer(value.data, TENSOR_MAP_BYTES)
+            kinds.append(MAP)
+            values.append(value.data)
         elif isinstance(value, Long):
-            slot = ctypes.c_int64(value.value)
-        elif isinstance(value, float):
-            slot = ctypes.c_float(value)
+            kinds.append("q")
+            values.append(value.value)
         else:
-            slot = ctypes.c_int32(value)
-        slots.append(slot)
-        pointers[position] = ctypes.addressof(slot)
-    return slots, pointers
+            kinds.append("f" if isinstance(value, float) else "i")
+            values.append(value)
+    key = tuple(kinds)
+    frame = _frames.by_kinds.get(key)
+    if frame is None:
+        frame = _frames.by_kinds[key] = _Frame(key)
+    frame.fill(values)
+    return frame.address
 
 
 def _configuration(
