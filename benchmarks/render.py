@@ -460,6 +460,19 @@ def _plain(value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def engine(runs: dict[str, Any]) -> str:
+    """Ours and vLLM's own schemes inside vLLM's engine, and how the figures were made."""
+    folder = str(ROOT / "benchmarks" / "vllm")
+    sys.path.insert(0, folder)
+    try:
+        from run import table as engine_table
+    finally:
+        sys.path.remove(folder)
+    versions = ", ".join(f"{name} {version}" for name, version in runs["versions"].items())
+    how = f"Made by `{runs['command']}` on {runs['gpu']}, {versions}. {runs.get('note', '')}"
+    return f"{engine_table(runs)}\n\n{how.strip()}\n"
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": table,
     "goals": goals,
@@ -489,6 +502,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "attention": attention,
     "generation": generation,
     "backends": backends,
+    "engine": engine,
 }
 NOT_RUN = "Not measured yet; `{}` makes the run on a machine with a GPU.\n"
 ACCURACY = (
@@ -501,6 +515,7 @@ COMMANDS = {  # that make a run, by its file; `mergequant bench` has a script
     "weights.json": ACCURACY.format("weights", " --model ".join(weights.MODELS)),
     "block_time.json": "python benchmarks/block_time.py --out benchmarks/results/block_time.json",
     "planted.json": "python benchmarks/planted.py",
+    "vllm_llama-2-7b.json": "python benchmarks/vllm/run.py --out benchmarks/results/vllm_llama-2-7b.json",
     "generate.json": "python benchmarks/generate.py --shape llama-2-7b --layers 16",
     "elementwise_backends.json": "python benchmarks/elementwise_backends.py",
     "kv_attention.json": "python benchmarks/tune_kv.py --json benchmarks/results/kv_attention.json",

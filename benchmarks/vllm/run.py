@@ -84,6 +84,7 @@ def main() -> None:
         "together": given.together,
         "kv": given.kv,
         "quick": given.quick,
+        "gpu": gpus(),
         "versions": versions(),
         "command": " ".join(sys.argv),
         "runs": [],
@@ -229,6 +230,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def gpus() -> str:
+    """Number, name and driver of the GPUs, without taking memory on one."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
+    name, driver = lines[0].split(", ")
+    return f"{len(lines)} x {name}, driver {driver}"
 
 
 def versions() -> dict[str, str]:
