@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import family
+import weight_speed
 import weights
 from family import GOAL_TEXT, mean_and_spread
 
@@ -485,6 +486,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "layers": weights.layers,
     "pareto": weights.pareto,
     "times": weights.times,
+    "weight_only": weight_speed.table,
     "kv": kv,
     "linear": linear,
     "cpu_decode": cpu_decode,
@@ -514,6 +516,7 @@ COMMANDS = {  # that make a run, by its file; `mergequant bench` has a script
     "family.json": ACCURACY.format("family", " --model ".join(family.MODELS)),
     "weights.json": ACCURACY.format("weights", " --model ".join(weights.MODELS)),
     "block_time.json": "python benchmarks/block_time.py --out benchmarks/results/block_time.json",
+    "weight_only.json": "python benchmarks/weight_only.py --out benchmarks/results/weight_only.json",
     "planted.json": "python benchmarks/planted.py",
     "vllm_llama-2-7b.json": "python benchmarks/vllm/run.py --out benchmarks/results/vllm_llama-2-7b.json",
     "generate.json": "python benchmarks/generate.py --shape llama-2-7b --layers 16",

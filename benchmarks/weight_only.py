@@ -5,12 +5,14 @@
 Shapes are those of Llama-2-7B. `sparse`: codes of 4 bits in groups of 16 with quantized scales and zeros, in an order
 of their own, with outliers (SpQR's layout); `v6k4096` and so on: vectors of 6 with 4096 entries in a codebook, `+256` a
 residual book of 256. Every way is captured as a graph of many launches that goes over copies of the weight, more than
-the cache holds; graphs take turns. Where `kernel` and `decode_then_multiply` cross is what `MOST_TOKENS` should be.
-Ceiling: the bytes of the weight at the bandwidth of a copy, measured first.
+the cache holds; graphs take turns. Where `kernel` and `decode_then_multiply` cross is up to where the ops run a kernel.
+Least time: the bytes of the weight at the rate at which several GB are only read, measured first, as in `mergequant
+bench`. `weight_speed.py` makes the table of docs/results.md.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from mergequant import ops
+from mergequant.bench.ceilings import measure_reading
+from mergequant.bench.machine import describe_device, versions
 from mergequant.grids import Outliers, SecondLevel
 from mergequant.grids.codebook import packed_words, vectors_for
 from mergequant.grids.second_level import encode_statistics
@@ -37,7 +41,6 @@ GROUP, TILE, BITS = 16, 16, 4
 CACHE = 150e6  # bytes that copies of a weight take together, at least: several times the cache
 LAUNCHES, ROUNDS = 24, 7
 TRITON_TOKENS = 4  # more are no use
-COPIED = 1 << 30  # bytes of the copy that measures the bandwidth
 
 Run = Callable[[], object]
 
@@ -205,17 +208,10 @@ def microseconds(ways: dict[str, list[Run]]) -> dict[str, float]:
     return {way: sorted(own)[len(own) // 2] for way, own in times.items()}
 
 
-def bandwidth() -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPIED / microseconds({"copy": [partial(target.copy_, source)]})["copy"] * 1e6
-
-
 def measured(
-    name: str, outputs: int, width: int, share: float, speed: float, variants: bool, triton: bool
+    name: str, outputs: int, width: int, share: float, read: float, variants: bool, triton: bool
 ) -> list[dict[str, Any]]:
-    """Rows of all weights of a shape."""
+    """Rows of all weights of a shape; `read`: TB/s, for what is shown."""
     rows = []
     few = max(2, -(-int(CACHE) // (outputs * width * 2)))
     floats = [torch.randn(outputs, width, device="cuda", dtype=torch.bfloat16) for _ in range(few)]
@@ -240,24 +236,25 @@ def measured(
                 assert isinstance(found, Tensor)
                 row[f"error_{way}"] = float((found.float() - expected).norm() / expected.norm())
             row |= microseconds(ways)
-            row["ceiling"] = copies[0].size / speed * 1e6
+            row["bytes"] = copies[0].size
             if variants and tokens in (1, 8):
                 tried = {way: [copy.variants(x)[way] for copy in copies] for way in copies[0].variants(x)}
                 row["variants"] = microseconds(tried)
             rows.append(row)
-            show(row)
+            show(row, read)
         del copies
     return rows
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any], read: float) -> None:
     """One line of the table."""
+    least = row["bytes"] / read / 1e6
     figures = {way: row.get(way) for way in ("kernel", "without_outliers", "decode_then_multiply", "triton", "bf16")}
     shown = " ".join(f"{way} {time:7.1f}" for way, time in figures.items() if time is not None)
     more = f" outliers +{row['kernel'] / row['without_outliers'] - 1:.0%}" if "without_outliers" in row else ""
     print(
-        f"{row['op']:>11} {row['shape']:>8} {row['tokens']:>3} | {shown} ceiling {row['ceiling']:6.1f} | "
-        f"{row['bf16'] / row['kernel']:.2f}x bf16, {row['ceiling'] / row['kernel']:.0%} of the ceiling{more}, "
+        f"{row['op']:>11} {row['shape']:>8} {row['tokens']:>3} | {shown} least {least:6.1f} | "
+        f"{row['bf16'] / row['kernel']:.2f}x bf16, {least / row['kernel']:.0%} of the ceiling{more}, "
         f"error {row['error_kernel']:.1e} {row['error_decode_then_multiply']:.1e}",
         flush=True,
     )
@@ -273,16 +270,19 @@ def main() -> None:
     parser.add_argument("--triton", action="store_true", help="also time the Triton kernels")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {speed / 1e12:.2f} TB/s; times in microseconds")
+    device = torch.device("cuda", torch.cuda.current_device())
+    read = measure_reading(device)[0]
+    print(f"{torch.cuda.get_device_name()}: reads {read:.2f} TB/s; times in microseconds")
     rows: list[dict[str, Any]] = []
     for name, (outputs, width) in SHAPES.items():
-        rows += measured(name, outputs, width, arguments.share, speed, arguments.variants, arguments.triton)
+        rows += measured(name, outputs, width, arguments.share, read, arguments.variants, arguments.triton)
     for op in ("sparse", *CODEBOOKS):
         slower = [row["tokens"] for row in rows if row["op"] == op and row["kernel"] > row["decode_then_multiply"]]
         print(f"{op}: the kernel is the faster one at all shapes below {min(slower, default='any number of')} tokens")
     if arguments.out is not None:
-        stored = {"gpu": torch.cuda.get_device_name(), "bandwidth": speed, "rows": rows}
+        command = " ".join(["python", "benchmarks/weight_only.py", *sys.argv[1:]])
+        found = {"device": describe_device(device), "versions": versions(device), "command": command}
+        stored = {**found, "read_tb_s": round(read, 3), "rows": rows}
         arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -16,7 +16,7 @@ from mergequant.ops.cuda import launch, wgmma
 from mergequant.ops.cuda.compiler import Unit
 from mergequant.ops.cuda.launch import Kernel, Long
 
-__all__ = ["HOT_SECONDS", "REST_SECONDS", "measure_ceilings", "rate_of", "source"]
+__all__ = ["HOT_SECONDS", "REST_SECONDS", "measure_ceilings", "measure_reading", "rate_of", "source"]
 
 READ_BYTES = 4 << 30
 READ_SIZES_MB = (8, 16, 45)  # one decode GEMM reads about that
@@ -44,9 +44,9 @@ def measure_ceilings(device: torch.device, fp8: bool = True) -> Ceilings:
         fp8: whether to measure fp8 products; not before compute capability 8.9.
     """
     hopper = torch.cuda.get_device_capability(device) == HOPPER
-    unit = source(hopper)
-    read, by_size, empty = _reading(launch.kernel(unit, "read_all", device), device)
-    rates = {"int8": _wgmma_rate(launch.kernel(unit, "int8_rate", device), device) if hopper else _int8_cublas(device)}
+    read, by_size, empty = measure_reading(device)
+    int8 = _wgmma_rate(launch.kernel(source(True), "int8_rate", device), device) if hopper else _int8_cublas(device)
+    rates = {"int8": int8}
     rates["bf16"] = _cublas(torch.bfloat16, device)
     if fp8:
         rates["fp8"] = _cublas(torch.float8_e4m3fn, device)
@@ -85,8 +85,9 @@ def _mean(call: Call, device: torch.device, count: int) -> float:
     return times(many, device, 1)[0] / count
 
 
-def _reading(kernel: Kernel, device: torch.device) -> tuple[float, dict[int, float], float]:
-    """TB/s of a large read, TB/s by size in MB, and microseconds of a kernel that reads 16 bytes."""
+def measure_reading(device: torch.device) -> tuple[float, dict[int, float], float]:
+    """TB/s of a large read, TB/s by size in MB, and microseconds of a kernel that reads 16 bytes, on a CUDA device."""
+    kernel = launch.kernel(source(torch.cuda.get_device_capability(device) == HOPPER), "read_all", device)
     data = torch.empty(READ_BYTES // 4, device=device, dtype=torch.int32).random_()
     sink = torch.zeros(16, device=device, dtype=torch.int32)
     processors = launch.multiprocessors(device)

@@ -39,6 +39,7 @@ class BlockContext:
         held: multiplier and shift (each (width,)) that what a site's consumers read goes through, by the site's name:
             where nothing in front could take them up. The input quantizers of the consumers will hold them.
         measured: what steps have measured on the whole float model beforehand, by their own names.
+        rotates_keys: a quantized cache keeps the keys of each head rotated; its steps are those of rotated keys.
     """
 
     chain: Chain
@@ -49,6 +50,7 @@ class BlockContext:
     progress: Callable[[str], None] = field(default=lambda text: None)
     held: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     measured: Mapping[str, Tensor] = field(default_factory=dict)
+    rotates_keys: bool = False
 
     @property
     def index(self) -> int:

@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 QUANT_METHOD = "mergequant"
-FORMAT_VERSION = "1.3"  # 1.1 added steps of a quantized cache, 1.2 kinds of norms and inputs, 1.3 weight-only kinds
+# 1.1 added steps of a quantized cache, 1.2 kinds of norms and inputs, 1.3 weight-only kinds, 1.4 rotated keys
+FORMAT_VERSION = "1.4"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -38,7 +38,7 @@ class CodebookLinear(QuantLinear):
         QuantModule.__init__(self)
         self.spec = spec
         self._adopted, self._derived = None, None
-        check_rotation(spec.input)
+        check_rotation(spec.input.rotation, spec.input.in_width)
         for number, part in enumerate(spec.parts):
             count = vectors_for(spec.outputs, part.vector) * part.columns
             words = packed_words(count, part.bits + part.residual_bits)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergequant.errors import InputError
 from mergequant.nn.base import QuantModule
+from mergequant.nn.linear import check_rotation
 from mergequant.nn.spec import KVSpec
 
 __all__ = ["KV_BITS", "KVScales"]
@@ -18,6 +19,8 @@ KV_BITS = (8, 4)
 
 class KVScales(QuantModule):
     """Steps of quantized keys (after rotary embedding) and values. Codes are symmetric: -127..127 and -7..7.
+
+    With `spec.key_rotation` the steps are those of the keys of each head times that rotation.
 
     Buffers:
         key_scale_8, key_scale_4: float32 (layers, kv_heads, key_width), positive.
@@ -31,6 +34,7 @@ class KVScales(QuantModule):
 
     def __init__(self, spec: KVSpec) -> None:
         super().__init__()
+        check_rotation(spec.key_rotation, spec.key_width)
         self.spec = spec
         keys = (spec.layers, spec.kv_heads, spec.key_width)
         values = (spec.layers, spec.kv_heads, spec.value_width)
@@ -50,4 +54,5 @@ class KVScales(QuantModule):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"{spec.layers} layers, {spec.kv_heads} heads, widths {spec.key_width} and {spec.value_width}"
+        rotated = f", keys rotated by {spec.key_rotation}" if spec.key_rotation else ""
+        return f"{spec.layers} layers, {spec.kv_heads} heads, widths {spec.key_width} and {spec.value_width}{rotated}"

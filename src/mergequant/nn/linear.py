@@ -124,7 +124,7 @@ class QuantLinear(QuantModule):
         self.spec = spec
         self._adopted: TiledRows | None = None
         self._derived: tuple[Tensor, int, Any] | None = None
-        check_rotation(spec.input)
+        check_rotation(spec.input.rotation, spec.input.in_width)
         narrow = spec.dense or container_bits(spec.weight_bits) == 4
         width = (stream_width if spec.dense else packed_width)(spec.input.width, spec.weight_bits)
         self.register_buffer(CODES, torch.zeros(spec.outputs, width, dtype=torch.uint8 if narrow else torch.int8))
@@ -344,9 +344,10 @@ class QuantLinear(QuantModule):
         return f"{spec.input.width} -> {spec.outputs}, int{spec.weight_bits}{groups}, input {spec.input.kind}"
 
 
-def check_rotation(spec: InputSpec) -> None:
-    if spec.rotation and spec.rotation != ops.rotation(spec.in_width).name:
+def check_rotation(name: str, width: int) -> None:
+    """Refuse the name of a rotation that this release does not give to the width; "" is none."""
+    if name and name != ops.rotation(width).name:
         raise CheckpointError(
-            f"the checkpoint rotates {spec.in_width} channels by {spec.rotation!r}, this release by "
-            f"{ops.rotation(spec.in_width).name!r}; load it with the release that wrote it"
+            f"the checkpoint rotates {width} channels by {name!r}, this release by {ops.rotation(width).name!r}; load "
+            "it with the release that wrote it"
         )

@@ -72,7 +72,7 @@ class SparseLinear(QuantLinear):
         QuantModule.__init__(self)
         self.spec = spec
         self._adopted, self._derived = None, None
-        check_rotation(spec.input)
+        check_rotation(spec.input.rotation, spec.input.in_width)
         outputs, groups, tile = spec.outputs, spec.groups, spec.tile
         plain = torch.float16
         codes = stream_width(spec.input.width, spec.weight_bits)

@@ -387,12 +387,14 @@ class KVSpec(Spec):
     Attributes:
         layers: number of blocks that hold keys and values.
         kv_heads, key_width, value_width: shape of one token's entry in one layer.
+        key_rotation: name of the rotation of the `key_width` channels that keys are rounded behind, "" for none.
     """
 
     layers: int
     kv_heads: int
     key_width: int
     value_width: int
+    key_rotation: str = ""
 
     def validate(self, where: str) -> None:
         if min(self.layers, self.kv_heads, self.key_width, self.value_width) < 1:

@@ -5,8 +5,8 @@ weight[v * vector + i, order[c]] = book[group(c), index(v, c), i] (+ book[group(
 
 For few tokens a GPU reads the packed indices and looks vectors up in the books, which stay in its caches or in shared
 memory: bits of the weight are then all that comes from memory. The CUDA kernel does so once for up to 8 tokens, the
-Triton kernel once for each. For more tokens than `MOST_TOKENS` the weight is decoded by another Triton kernel, then
-multiplied.
+Triton kernel once for each. Above `most_tokens` the weight is decoded by another Triton kernel, then multiplied, which
+is reported once.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,16 @@ from mergequant.ops._register import register_op
 from mergequant.ops._validate import require, require_float
 from mergequant.ops._weight_only import choose_kernel, decodes_by_triton, multiply_stored, places_of
 
-__all__ = ["MOST_TOKENS", "codebook_linear", "codebook_weight"]
+__all__ = ["codebook_linear", "codebook_weight", "most_tokens"]
 
 NAME = "codebook_linear"
-# Tokens up to which each kernel runs; `benchmarks/weight_only.py` prints where it and decoding cross.
-MOST_TOKENS = {"cuda": 16, "triton": 2}
 PER_PART = 3  # numbers in `layout`: columns, bits, residual bits
+# Tokens up to which each kernel runs. CUDA: of 1 to 32, the most at which it was faster than decoding first at all four
+# shapes of Llama-2-7B on an H200 (`benchmarks/weight_only.py`, its run under benchmarks/results), by groups, vector,
+# bits and residual bits of a weight of one part; layouts that were not measured have the least of these.
+# The Triton kernel was not measured.
+MEASURED_TOKENS = {(1, 4, 8, 0): 32, (1, 6, 12, 0): 16, (1, 8, 8, 8): 8}
+MOST_TOKENS = {"cuda": min(MEASURED_TOKENS.values()), "triton": 2}
 
 
 @register_op
@@ -92,12 +96,19 @@ def codebook_linear(
     return nn.functional.linear(x, _decoded(indices, books, layout, order, outliers, outputs).to(x.dtype), bias)
 
 
+def most_tokens(backend: str, books: Sequence[Tensor], layout: Sequence[int]) -> int:
+    """Tokens up to which a backend's kernel multiplies; above, decoding first is faster, or nobody has measured."""
+    most = MOST_TOKENS[backend]
+    return MEASURED_TOKENS.get((*books[0].shape[::2], *layout[1:]), most) if backend == "cuda" else most
+
+
 def _against(
     backend: str, x: Tensor, books: Sequence[Tensor], layout: Sequence[int], outliers: Sequence[Tensor], tokens: int
 ) -> str | None:
     """Why a backend's kernel does not take these arguments; None if it does."""
-    if tokens > MOST_TOKENS[backend]:
-        return f"more than {MOST_TOKENS[backend]} tokens at once are multiplied with the decoded weight"
+    most = most_tokens(backend, books, layout)
+    if tokens > most:
+        return f"more than {most} tokens at once are multiplied with the decoded weight"
     if backend == "cuda":
         from mergequant.ops.cuda import codebook_linear as cuda
 

@@ -5,8 +5,8 @@ y[t, n] = sum_j x[t, j] * weight[n, j] (+ bias[n])
 
 Scales and zero points have 16 bits each, or are codes on a second-level grid that a tile of rows shares
 (`grids/second_level.py`). The reference decodes the weight and multiplies. Kernels read codes and outliers as they are:
-the CUDA one once for up to 16 tokens, the Triton one once for each. Above `MOST_TOKENS` tokens decoding once, by
-another Triton kernel, and one dense product are cheaper, so that is what runs there, and is reported once.
+the CUDA one once for up to 16 tokens, the Triton one once for each. Above `MOST_TOKENS` tokens the weight is decoded,
+by another Triton kernel, and multiplied by torch, which is reported once.
 """
 
 import torch
@@ -28,7 +28,9 @@ __all__ = ["MOST_TOKENS", "decode_sparse", "sparse_dense_linear"]
 NAME = "sparse_dense_linear"
 KERNEL_BITS = 4  # of a code as the kernel reads it: two share a byte
 NIBBLE = 15
-# Tokens up to which each kernel runs; `benchmarks/weight_only.py` prints where it and decoding cross.
+# Tokens up to which each kernel runs: the most at which it was faster than decoding first at all four shapes of
+# Llama-2-7B on an H200, in groups of 16 with 0.5 % outliers. CUDA: of 1 to 32 (`benchmarks/weight_only.py`, its run
+# under benchmarks/results). Triton: of 1 to 4, timed in another run than the decoding (docs/log.md, Kernels).
 MOST_TOKENS = {"cuda": 32, "triton": 2}
 
 

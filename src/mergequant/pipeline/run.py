@@ -414,8 +414,7 @@ def _check_model(recipe: Recipe, shell: ModelShell) -> None:
     """Refuse, before anything is computed, a recipe that acts on no site of some block, that wants a cache where none
     can be, or measures what the model does not have."""
     for step in recipe.steps:
-        if isinstance(step, MeasuringStep):
-            step.check(shell)
+        step.check(shell)
     for name, structure in zip(shell.block_names, shell.structures):
         kinds = {site.kind for site in structure.sites}
         wanted = {kind for step in recipe.steps for kind in getattr(step, "sites", ())}

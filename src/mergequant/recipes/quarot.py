@@ -4,8 +4,9 @@
 values are fused into the weights; heads are mixed online in front of o_proj, and the input of down_proj is rotated
 online.
 
-Left out: the online rotation of queries and keys (R3), which matters only for a quantized cache. Different from the
-paper: blocks are calibrated on what quantized blocks in front give, activations included; a run's seed draws the signs.
+The rotation of queries and keys (R3) is a property of the quantized cache alone: an option, `rotate_keys`, which the
+fast loop's kernels do not know. Different from the paper: blocks are calibrated on what quantized blocks in front give,
+activations included; a run's seed draws the signs; a quantized cache has static steps per channel.
 Better than the paper's way, as options: `hessian=quantized`, `activation_clip=search`, `prefix=bos`.
 
 Measured on `ref` (64 calibration windows of 512 tokens, first 24 windows of the WikiText-2 test text, one seed) with
@@ -17,7 +18,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import MixHeads, Rotate, RotateResidual, Round, RoundingName, Step, TokenInput
+from mergequant.steps import MixHeads, Rotate, RotateKeys, RotateResidual, Round, RoundingName, Step, TokenInput
 
 __all__ = ["quarot"]
 
@@ -48,6 +49,7 @@ def quarot(
     activation_order: bool = False,
     damping: float = 0.01,
     prefix: str | tuple[int, ...] = "none",
+    rotate_keys: bool = False,
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """Residual stream rotated by a randomised Hadamard, dynamic scales per token.
 
@@ -61,6 +63,9 @@ def quarot(
         (quantized, better); weight_clip: search row ranges; activation_order, damping: as in GPTQ.
     prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
         every cache.
+    rotate_keys: a quantized cache (8 or 4 bits) keeps the keys of each head times a Hadamard rotation (R3), in
+        evaluation and in transformers' generation; the fast loop then takes a cache of 16 bits only. Weights and
+        activations stay as they are.
     """
     if not 0 < clip_ratio <= 1:
         raise RecipeError(f"recipe 'quarot': clip_ratio {clip_ratio} is outside (0, 1]")
@@ -81,4 +86,6 @@ def quarot(
             hessian=hessian,
         )
     )
+    if rotate_keys:
+        steps.append(RotateKeys())
     return tuple(steps), prefix

@@ -5,8 +5,9 @@ rotations and follow the gradient of the rounded network's loss on the orthogona
 
 Where this differs from the paper and its code: inputs are symmetric with a clip ratio (there: asymmetric, unclipped),
 so that `quarot` differs in nothing but what is learned; a run's own calibration windows are learned from, fewer
-tokens a step; the online rotation of queries and keys (R3), which matters only for a quantized cache, is left out; a
-prefix is not there while the rotations are learned. The whole float model is in memory meanwhile: meant for small ones.
+tokens a step; the rotation of queries and keys (R3), which matters only for a quantized cache, is an option
+(`rotate_keys`); a prefix and a quantized cache are not there while the rotations are learned. The whole float model is
+in memory meanwhile: meant for small ones.
 What learning brings over `quarot` is yet to be measured with several seeds (`docs/log.md` has a first trial).
 """
 
@@ -14,7 +15,7 @@ from typing import Literal
 
 from mergequant.errors import RecipeError
 from mergequant.recipes.recipe import Figure, PrefixChoice, register_recipe
-from mergequant.steps import LearnRotations, Rotate, Round, RoundingName, Step, TokenInput
+from mergequant.steps import LearnRotations, Rotate, RotateKeys, Round, RoundingName, Step, TokenInput
 
 __all__ = ["spinquant"]
 
@@ -43,6 +44,7 @@ def spinquant(
     activation_order: bool = False,
     damping: float = 0.01,
     prefix: str | tuple[int, ...] = "none",
+    rotate_keys: bool = False,
 ) -> tuple[tuple[Step, ...], PrefixChoice]:
     """Residual stream and value heads rotated as learned, input of down_proj by a Hadamard; dynamic scales per token.
 
@@ -53,6 +55,9 @@ def spinquant(
     rounding: gptq, rtn or quantease; weight_clip: search row ranges; activation_order, damping: as in GPTQ.
     prefix: none, bos, auto (outlier tokens are searched), or token ids: their keys and values are stored and start
         every cache.
+    rotate_keys: a quantized cache (8 or 4 bits) keeps the keys of each head times a Hadamard rotation (R3), in
+        evaluation and in transformers' generation; the fast loop then takes a cache of 16 bits only. Weights and
+        activations stay as they are.
     """
     if activation_bits >= FLOAT_BITS:
         raise RecipeError(
@@ -67,4 +72,4 @@ def spinquant(
         TokenInput(bits=activation_bits, search=activation_clip == "search", clip_ratio=clip_ratio),
         Round(method=rounding, bits=weight_bits, clip=weight_clip, damping=damping, activation_order=activation_order),
     )
-    return acting, prefix
+    return (*acting, RotateKeys()) if rotate_keys else acting, prefix

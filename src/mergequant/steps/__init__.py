@@ -2,7 +2,7 @@
 
 from mergequant.steps.adapt import AdaptiveRound
 from mergequant.steps.allocate import AllocateBits
-from mergequant.steps.attention import Reorder, SmoothAttention
+from mergequant.steps.attention import Reorder, RotateKeys, SmoothAttention
 from mergequant.steps.base import (
     ALL_SITES,
     BlockStep,
@@ -59,6 +59,7 @@ __all__ = [
     "Reassemble",
     "Reorder",
     "Rotate",
+    "RotateKeys",
     "RotateResidual",
     "Round",
     "RoundChannels",

@@ -1,6 +1,7 @@
-"""Steps on a whole float block that cost nothing at run time: SmoothAttention, and channels in order of their size.
+"""Steps on a whole block: SmoothAttention, channels in order of their size, and keys that a cache keeps rotated.
 
-Both are QServe's (arXiv 2405.04532; digest, steps 2 and 4). They come before all steps on sites.
+The first two are QServe's (arXiv 2405.04532; digest, steps 2 and 4); they cost nothing at run time and come before all
+steps on sites. The third is QuaRot's (arXiv 2404.00456).
 """
 
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mergequant import ops
 from mergequant.calibration import BlockContext
 from mergequant.calibration.kv import record_kv
-from mergequant.errors import RecipeError
-from mergequant.models import find_hidden_rows, find_query_key_rows, permute_hidden
+from mergequant.errors import RecipeError, StructureError
+from mergequant.models import ModelShell, find_hidden_rows, find_query_key_rows, permute_hidden
 from mergequant.steps.base import BlockStep
+from mergequant.steps.residual import head_width
 
-__all__ = ["Reorder", "SmoothAttention"]
+__all__ = ["Reorder", "RotateKeys", "SmoothAttention"]
 
 SMALLEST = 1e-5  # of a key channel's largest magnitude
 
@@ -84,6 +87,35 @@ class Reorder(BlockStep):
             store.close()
             if largest is not None:
                 permute_hidden(context.module, rows, site, torch.argsort(largest, descending=True, stable=True))
+
+
+@dataclass(frozen=True)
+class RotateKeys(BlockStep):
+    """R3: the quantized cache rounds the keys of each head, after rotary embedding, times a Hadamard rotation.
+
+    One orthogonal matrix behind queries and keys leaves their products as they are, so this is a property of the cache
+    alone: its steps are measured on rotated keys, and attention sees them rotated back. Weights and activations do not
+    change, so it does not matter where among the steps this one stands.
+    """
+
+    name: ClassVar[str] = "rotate_keys"
+
+    def check(self, shell: ModelShell) -> None:
+        if not all(structure.causal for structure in shell.structures):
+            raise StructureError(
+                "rotate_keys: every token sees the whole text, so there is no cache whose keys could be rotated. Leave "
+                "it out (rotate_keys=false), or use smoothquant or gptq"
+            )
+        width = head_width(shell)
+        rotation = ops.rotation(width)
+        if not rotation.is_hadamard:
+            raise StructureError(
+                f"rotate_keys: heads have {width} channels, a width without a Hadamard matrix here (there is only "
+                f"{rotation.name}). Leave it out (rotate_keys=false); the cache then has plain keys"
+            )
+
+    def run(self, context: BlockContext) -> None:
+        context.rotates_keys = True
 
 
 def _require_float(context: BlockContext, step: str) -> None:

@@ -44,6 +44,9 @@ class Step:
 
     name: ClassVar[str] = ""
 
+    def check(self, shell: ModelShell) -> None:
+        """Raise StructureError, naming what works, for a model that the step cannot serve; asked while planning."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.name:

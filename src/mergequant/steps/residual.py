@@ -14,7 +14,7 @@ from mergequant.models.roles import SiteKind
 from mergequant.steps.base import ModelStep, SiteStep
 from mergequant.transforms import Kronecker
 
-__all__ = ["MixHeads", "ResidualRotation", "RotateResidual", "whole_heads"]
+__all__ = ["MixHeads", "ResidualRotation", "RotateResidual", "head_width", "whole_heads"]
 
 ROWS_AT_ONCE = 8192  # of an embedding that is rotated in float64
 INSTEAD = "Use mergequant-plus, which rotates only inputs of o_proj and down_proj, or gptq"
@@ -132,15 +132,20 @@ class MixHeads(SiteStep):
         context.flatten(Kronecker(matrix.to(device=context.block.device, dtype=torch.float32)))
 
 
-def _head_width(shell: ModelShell) -> int:
+def head_width(shell: ModelShell) -> int:
+    """Channels of a head, as the config has it."""
     config = shell.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _head_width(shell: ModelShell) -> int:
+    width = head_width(shell)
     if width % 2:
         raise StructureError(
             f"value heads of {width} channels: an odd size has no Hadamard rotation. Use quarot with heads=online or "
             "heads=none"
         )
-    return int(width)
+    return width
 
 
 def _check_block(shell: ModelShell, index: int, structure: BlockStructure, width: int, head_width: int) -> None:

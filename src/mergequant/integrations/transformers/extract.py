@@ -156,6 +156,12 @@ def _kv_format(inner: nn.Module, shape: DecoderShape, bits: int, device: torch.d
             f"this checkpoint has no scales for a key/value cache of {bits} bits; quantize the model again with this "
             "release, which measures them, or keep 16 bits"
         )
+    if scales.spec.key_rotation:
+        raise UsageError(
+            f"model.{KV_MODULE}: a cache of {bits} bits would hold keys that are rotated by {scales.spec.key_rotation} "
+            "(rotate_keys of the recipe), and the kernels of the fast loop know plain keys only. Keep 16 bits; or load "
+            f"with serve=False and pass generate a QuantizedCache of {bits} bits; or quantize again without rotate_keys"
+        )
     if shape.head_width % WIDTH_MULTIPLE:
         raise UsageError(
             f"heads are {shape.head_width} wide; a cache of {bits} bits wants multiples of {WIDTH_MULTIPLE}, keep 16"

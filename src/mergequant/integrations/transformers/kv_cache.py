@@ -4,6 +4,8 @@ This is the readable way, not the fast one: codes lie row after row, and `update
 model's own attention. What attention sees is what it sees while text is generated one token at a time: every token,
 the newest too, has been rounded. A single pass over a text therefore measures the quantized cache exactly.
 
+Where a checkpoint says so (`KVSpec.key_rotation`), keys are rounded in a rotated basis and rotated back for attention.
+
 The keys and values of a stored prefix stay in floating point: attention sinks are what a static step serves worst.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from mergequant import ops
 from mergequant.checkpoint import KV_MODULE, PREFIX_MODULE
 from mergequant.errors import InputError
 from mergequant.grids import pack_codes, unpack_codes
@@ -56,7 +59,8 @@ class QuantizedCache(Cache):
         prefix = _find(model, PREFIX_MODULE, PrefixStore)
         exempt = 0 if prefix is None else len(prefix.spec.tokens)
         steps = [scales.steps(layer, bits) for layer in range(scales.spec.layers)]
-        return cls(layers=[QuantizedLayer(keys, values, bits, exempt, capacity) for keys, values in steps])
+        rotates = bool(scales.spec.key_rotation)
+        return cls(layers=[QuantizedLayer(keys, values, bits, exempt, capacity, rotates) for keys, values in steps])
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -68,12 +72,20 @@ class QuantizedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, key_scale: Tensor, value_scale: Tensor, bits: int, exempt: int = 0, capacity: int | None = None
+        self,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        bits: int,
+        exempt: int = 0,
+        capacity: int | None = None,
+        rotates_keys: bool = False,
     ) -> None:
-        """key_scale, value_scale: float32 (kv_heads, width); the others as in `QuantizedCache.for_model`."""
+        """key_scale, value_scale: float32 (kv_heads, width), of rotated keys if `rotates_keys`; the others as in
+        `QuantizedCache.for_model`."""
         super().__init__()
         self.max_cache_len = capacity
-        self._halves = [_Half(scale, bits, exempt, capacity) for scale in (key_scale, value_scale)]
+        halves = ((key_scale, rotates_keys), (value_scale, False))
+        self._halves = [_Half(scale, bits, exempt, capacity, rotates) for scale, rotates in halves]
         self._length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -150,17 +162,22 @@ class _Half:
 
     first: (batch, kv_heads, up to `exempt` tokens, width) as they came.
     codes: (batch, kv_heads, tokens or reserved room, bytes) of all later tokens, two 4-bit codes a byte.
+    rotation: (width, width), what later tokens are multiplied by before they are rounded; None: nothing.
     """
 
     first: Tensor
     codes: Tensor
+    rotation: Tensor | None = None
 
-    def __init__(self, scale: Tensor, bits: int, exempt: int, capacity: int | None) -> None:
+    def __init__(self, scale: Tensor, bits: int, exempt: int, capacity: int | None, rotates: bool) -> None:
         self.scale, self.bits, self.exempt, self.capacity = scale[:, None], bits, exempt, capacity
+        self.rotates = rotates
 
     def start(self, states: Tensor) -> None:
         """Empty tensors like `states`."""
         self.scale = self.scale.to(states.device)
+        if self.rotates:
+            self.rotation = ops.rotation(states.shape[3]).matrix().to(states.device, _wide(states.dtype))
         self.first = states[:, :, :0]
         room = 0 if self.capacity is None else max(self.capacity - self.exempt, 0)
         empty = self._encode(self.first)
@@ -178,10 +195,20 @@ class _Half:
         else:
             self.codes[:, :, start:stop] = fresh
         decoded = unpack_codes(self.codes[:, :, :stop], self.bits) * self.scale
+        if self.rotation is not None:
+            decoded = decoded.to(self.rotation.dtype) @ self.rotation.t()
         return torch.cat([self.first, decoded.to(states.dtype)], 2)
 
     def _encode(self, states: Tensor) -> Tensor:
-        return pack_codes(kv_layout.quantize(states.float(), self.scale, self.bits), self.bits)
+        wide = states.to(_wide(states.dtype))
+        if self.rotation is not None:
+            wide = wide @ self.rotation
+        return pack_codes(kv_layout.quantize(wide, self.scale, self.bits), self.bits)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What states of this dtype are rounded in: float32, or their own float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _find(model: nn.Module, name: str, kind: type) -> Any:
