@@ -74,7 +74,7 @@ def test_rule_2_when_method_is_another_points_to_transformers(folder: Path) -> N
 
 def test_rule_3_when_major_version_is_unknown_names_both(folder: Path) -> None:
     _edit_config(folder, lambda q: q.update(format_version="2.0"))
-    with pytest.raises(VersionError, match=r"2\.0.*1\.3"):
+    with pytest.raises(VersionError, match=r"2\.0.*1\.4"):
         open_checkpoint(folder)
 
 
@@ -87,6 +87,15 @@ def test_rule_3_when_minor_version_is_older_reads_what_it_held(folder: Path) -> 
     assert checkpoint.quantization.kv is None
     assert checkpoint.kv_module is None
     assert checkpoint.quantization.to_dict()["format_version"] == "1.0"
+
+
+def test_rule_3_when_minor_version_is_1_3_reads_plain_keys(folder: Path) -> None:
+    """Version 1.3 knew no rotated keys."""
+    _edit_config(folder, lambda q: q.update(format_version="1.3"))
+    checkpoint = open_checkpoint(folder)
+    checkpoint.validate()
+    assert checkpoint.quantization.kv is not None
+    assert checkpoint.quantization.kv.key_rotation == ""
 
 
 @pytest.mark.parametrize("version", [None, 1.0, "1", "one.two", "1.0\n"])
@@ -270,6 +279,13 @@ def test_rule_13_when_prefix_is_stored_and_not_described_refuses(folder: Path) -
 def test_rule_14_when_rotation_is_another_names_layer_and_both(folder: Path) -> None:
     _edit_config(folder, lambda q: q["layers"][MLP]["input"].update(rotation="cosine-12 x sylvester-1"))
     _refused(folder, f"{MLP}: .*cosine-12")
+
+
+def test_rule_14_when_rotation_of_keys_is_another_names_module_and_both(folder: Path) -> None:
+    _edit_config(folder, lambda q: q["kv"].update(key_rotation=ops.rotation(3).name))
+    open_checkpoint(folder).validate()
+    _edit_config(folder, lambda q: q["kv"].update(key_rotation="paley1-12 x sylvester-1"))
+    _refused(folder, "model.mergequant_kv: .*paley1-12.*cosine-3")
 
 
 def test_rule_15_when_cache_steps_are_described_and_not_stored_refuses(folder: Path) -> None:

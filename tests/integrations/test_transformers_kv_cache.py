@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mergequant import ops
+from mergequant.checkpoint import KV_MODULE
 from mergequant.errors import InputError
-from mergequant.integrations.transformers import QuantizedCache, load
+from mergequant.integrations.transformers import QuantizedCache, kv_cache, load
 from mergequant.integrations.transformers.kv_cache import QuantizedLayer
+from mergequant.nn import KVScales, KVSpec
+from mergequant.ops import kv_layout
 
 IDS = torch.tensor([[1, 5, 9, 33, 4, 12, 7], [1, 8, 8, 41, 50, 3, 22]])
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -116,6 +120,52 @@ def test_cache_when_loaded_from_disk_gives_the_same_logits(saved: Make) -> None:
     loaded = load(folder)
     results = [own(IDS, past_key_values=QuantizedCache.for_model(own, 4)).logits for own in (model, loaded)]
     assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_forward_when_keys_are_rotated_and_nothing_is_rounded_is_the_plain_model_in_float64(
+    build: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = 12  # its rotation is not symmetric: the way back is another matrix
+    rotation = ops.rotation(width)
+    assert not torch.equal(rotation.matrix(), rotation.matrix().t())
+    model = build("llama", head_dim=width).double()
+    scales = KVScales(KVSpec(2, 2, width, width, rotation.name))
+    scales.key_scale_4.copy_(torch.rand(2, 2, width, generator=torch.Generator().manual_seed(0)) + 0.1)
+    model.model.add_module(KV_MODULE, scales)
+    plain, own = DynamicCache(config=model.config), QuantizedCache.for_model(model, 4)
+    want = model(IDS, past_key_values=plain).logits
+    assert float((model(IDS, past_key_values=own).logits - want).norm() / want.norm()) > 1e-3
+
+    monkeypatch.setattr(kv_layout, "quantize", lambda x, scale, bits: x / scale)
+    for name in ("pack_codes", "unpack_codes"):
+        monkeypatch.setattr(kv_cache, name, lambda codes, bits: codes)
+    own = QuantizedCache.for_model(model, 4)
+    got = torch.cat([model(part, past_key_values=own).logits for part in IDS.split([3, 1, 3], 1)], 1)
+    assert float((got - want).abs().max() / want.abs().max()) <= 1e-10
+    for number, layer in enumerate(own.layers):
+        held = layer._halves[0].codes * scales.key_scale_4[number][:, None]
+        keys = plain.layers[number].keys
+        torch.testing.assert_close(held, keys @ rotation.matrix(), rtol=0, atol=1e-10)
+        # What is held serves rotated queries as plain keys serve plain ones.
+        queries = torch.randn(keys.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        products = (queries @ rotation.matrix()) @ held.mT
+        torch.testing.assert_close(products, queries @ keys.mT, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_when_keys_are_rotated_rounds_them_in_the_rotated_basis(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 2, 9, 12, generator=generator).to(dtype) for _ in range(2))
+    scale = torch.rand(2, 12, generator=generator) / 4 + 0.2
+    got = QuantizedLayer(scale, scale, 4, 2, rotates_keys=True).update(keys, values)
+    matrix = ops.rotation(12).matrix().float()
+    codes = ((keys.float() @ matrix) / scale[:, None]).round().clamp(-7, 7)
+    want = torch.cat([keys[:, :, :2], ((codes * scale[:, None]) @ matrix.t()).to(dtype)[:, :, 2:]], 2)
+    assert got[0].dtype == dtype
+    assert torch.equal(got[0][:, :, :2], keys[:, :, :2])  # the prefix is not quantized
+    torch.testing.assert_close(got[0], want, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    assert torch.equal(got[1], QuantizedLayer(scale, scale, 4, 2).update(keys, values)[1])
 
 
 def layer_of(bits: int, exempt: int = 2, capacity: int | None = None) -> QuantizedLayer:

@@ -1,5 +1,7 @@
 """Checkpoints in a model of vLLM's shape: every tensor is placed, logits are `mergequant.load`'s on 1, 2 and 4 GPUs."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import AutoConfig
 
 import mergequant
 from families import make_model
+from mergequant import ops
 from mergequant.checkpoint import open_checkpoint
 from mergequant.errors import CheckpointError, InputError, UsageError
 from mergequant.integrations.vllm.placement import Placement
@@ -105,6 +108,15 @@ def test_biases_tied_heads_and_narrow_groups_are_served(checkpoint: Make, family
     want = reference(folder)
     for size in (1, 2, 4):
         assert deviation(served(folder, size)[0], want) < SUMS, f"{size} GPUs"
+
+
+def test_a_cache_of_rotated_keys_is_ignored_as_any_stored_cache_is(checkpoint: Make, tmp_path: Path) -> None:
+    folder = checkpoint("rtn")
+    twin = Path(shutil.copytree(folder, tmp_path / "rotated"))
+    config = json.loads((twin / "config.json").read_text())
+    config["quantization_config"]["kv"]["key_rotation"] = ops.rotation(10).name
+    (twin / "config.json").write_text(json.dumps(config))
+    assert torch.equal(served(twin, 1)[0], served(folder, 1)[0])
 
 
 def test_a_prompt_without_the_stored_token_is_not_given_its_keys(checkpoint: Make) -> None:

@@ -368,3 +368,10 @@ def test_kv_scales_when_cast_expect_float32_steps_by_layer_and_bits() -> None:
         assert torch.equal(values, before[f"value_scale_{bits}"][1])
     with pytest.raises(InputError, match="8 or 4 bits, not 3"):
         scales.steps(0, 3)
+
+
+def test_kv_scales_when_keys_are_rotated_expect_the_rotation_of_this_release_alone() -> None:
+    name = ops.rotation(12).name
+    assert f"keys rotated by {name}" in repr(KVScales(KVSpec(1, 2, 12, 6, name)))
+    with pytest.raises(CheckpointError, match=f"12 channels by 'sylvester-12', this release by '{name}'"):
+        KVScales(KVSpec(1, 2, 12, 6, "sylvester-12"))

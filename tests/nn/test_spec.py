@@ -37,6 +37,7 @@ SPECS: list[Spec] = [
     NormSpec("rms", 40, 40, 4, 1e-6),
     NormSpec("layer", 40, 44, 8, 0.0, gathers=True, shifts=True),
     NormSpec("rms", 40, 40, 16, 1e-6, shifts=True),
+    KVSpec(2, 2, 12, 8, rotation(12).name),
     KVSpec(2, 2, 16, 8),
     PrefixSpec((1, 7), True, 2, 2, 16, 8, 40),
 ]
@@ -121,6 +122,7 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (KV, {"value_width": -4}, "widths"),
     (KV, {"kv_heads": True}, "kv_heads"),
     (KV, {"bits": 4}, "bits"),
+    (KV, {"key_rotation": True}, "key_rotation"),
 ]
 
 

@@ -69,7 +69,7 @@ def test_quantize_on_family_stores_steps_of_the_quantized_models_cache(
     states = seen_by_cache(loaded, drawn[-1], skip)
     heads, width = states[0][0].shape[1:]
     assert checkpoint.quantization.kv == KVSpec(2, heads, width, width)
-    assert checkpoint.quantization.format_version == "1.3"
+    assert checkpoint.quantization.format_version == "1.4"
     for layer, parts in enumerate(states):
         for part, sample in zip(("key", "value"), parts, strict=True):
             for bits in (8, 4):
@@ -132,6 +132,9 @@ def test_stack_kv_when_blocks_differ_in_shape_gives_nothing() -> None:
     assert buffers["key_scale_4"].tolist() == [[[0.5, 0.25]]] * 2
     assert kv.stack_kv([steps, other]) == (None, {})
     assert kv.stack_kv([]) == (None, {})
+    rotated = {**steps, "key_rotation": "sylvester-1 x sylvester-2"}
+    assert kv.stack_kv([rotated, rotated])[0] == KVSpec(2, 1, 2, 2, "sylvester-1 x sylvester-2")
+    assert kv.stack_kv([rotated, steps]) == (None, {})
     assert kv.describe_kv([steps, other], ["a", "b"]) == "none: the blocks' keys and values differ in heads or widths"
     assert kv.describe_kv([steps, None], ["a", "b"]).startswith("none: b keeps")
 

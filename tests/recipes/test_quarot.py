@@ -4,7 +4,7 @@ import pytest
 
 from mergequant.errors import RecipeError
 from mergequant.recipes import Recipe, get_recipe
-from mergequant.steps import MixHeads, Rotate, RotateResidual, Round, TokenInput
+from mergequant.steps import MixHeads, Rotate, RotateKeys, RotateResidual, Round, TokenInput
 
 
 def test_quarot_when_plain_expect_the_papers_defaults() -> None:
@@ -32,6 +32,7 @@ def test_quarot_when_settings_change_expect_the_steps_to_follow() -> None:
     weight_only = get_recipe("quarot", activation_bits=16, rounding="rtn")
     assert [type(step) for step in weight_only.steps] == [RotateResidual, Rotate, Round]
     assert weight_only.steps[0] == RotateResidual(heads=True)
+    assert get_recipe("quarot", rotate_keys=True).steps == (*get_recipe("quarot").steps, RotateKeys())
 
 
 def test_quarot_when_clip_ratio_is_no_share_expect_error() -> None:

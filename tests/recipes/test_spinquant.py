@@ -11,7 +11,7 @@ from families import make_model
 from mergequant.errors import RecipeError
 from mergequant.pipeline import Silent
 from mergequant.recipes import Recipe, get_recipe
-from mergequant.steps import LearnRotations, Rotate, Round, TokenInput
+from mergequant.steps import LearnRotations, Rotate, RotateKeys, Round, TokenInput
 
 
 def test_spinquant_when_plain_expect_the_papers_defaults() -> None:
@@ -23,6 +23,7 @@ def test_spinquant_when_plain_expect_the_papers_defaults() -> None:
     assert chosen.steps[1] == Rotate(("mlp_output",))
     assert chosen.prefix == "none"
     assert Recipe.from_yaml(chosen.to_yaml()) == chosen
+    assert get_recipe("spinquant", rotate_keys=True).steps == (*chosen.steps, RotateKeys())
 
 
 def test_spinquant_when_weight_only_expect_error() -> None:
