@@ -1,6 +1,5 @@
 """Keys that a quantized cache keeps rotated (`rotate_keys`): what is stored, who reads it, and who refuses to."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from mergequant.errors import StructureError, UsageError
 from mergequant.integrations.transformers import QuantizedCache, serve
 from mergequant.integrations.transformers.extract import extract
 from mergequant.nn import KVSpec
-from mergequant.pipeline import Quantized, Silent
+from mergequant.pipeline import Silent
+from mergequant.pipeline import run as pipeline_run
 from mergequant.recipes import Recipe, get_recipe
 from mergequant.steps import RotateKeys
 from mergequant.transforms import kv_steps
@@ -27,8 +27,6 @@ FAMILY, HEADS, WIDTH = "qwen3", 2, 12  # 12: a Hadamard matrix that is not symme
 NAME = ops.rotation(WIDTH).name
 ROTATED: dict[str, Any] = {"rotate_keys": True}
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-Run = Callable[..., Quantized]
 
 
 def made(out: Path, windows: Tensor, **settings: Any) -> Path:
@@ -50,8 +48,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> tuple[P
     return made(place / "plain", tokens), made(place / "rotated", tokens, **ROTATED)
 
 
+@pytest.fixture
+def calibration(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> Tensor:
+    """The windows of `tokens` that these runs are calibrated on."""
+    found: list[Tensor] = []
+
+    def stop(*args: Any) -> None:
+        found.append(draw(*args)[0].tokens)
+        raise KeyboardInterrupt
+
+    draw = pipeline_run._draw
+    monkeypatch.setattr(pipeline_run, "_draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        mergequant.quantize(make_model(FAMILY), "rtn", data=tokens, samples=4, seqlen=24)
+    return found[0]
+
+
 def test_quantize_when_keys_are_rotated_measures_steps_of_rotated_keys_and_changes_nothing_else(
-    folders: tuple[Path, Path], tokens: Tensor
+    folders: tuple[Path, Path], calibration: Tensor
 ) -> None:
     plain, rotated = (open_checkpoint(folder) for folder in folders)
     assert rotated.quantization.kv == KVSpec(2, HEADS, WIDTH, WIDTH, NAME)
@@ -65,7 +79,7 @@ def test_quantize_when_keys_are_rotated_measures_steps_of_rotated_keys_and_chang
 
     cache = DynamicCache()
     with torch.no_grad():
-        mergequant.load(folders[1])(tokens[:4], past_key_values=cache)
+        mergequant.load(folders[1])(calibration, past_key_values=cache)
     for number, layer in enumerate(cache.layers):
         keys = layer.keys.transpose(1, 2).flatten(0, 1).double() @ ops.rotation(WIDTH).matrix()
         for bits in (8, 4):
@@ -163,5 +177,5 @@ def test_plan_when_heads_have_no_hadamard_matrix_refuses_and_says_what_to_do(rec
 
 def test_plan_when_model_keeps_no_cache_refuses_and_names_recipes_that_work() -> None:
     recipe = Recipe("own", "", (*get_recipe("rtn").steps, RotateKeys()))
-    with pytest.raises(StructureError, match="no cache.*smoothquant or gptq"):
+    with pytest.raises(StructureError, match=r"no cache.*smoothquant or gptq"):
         mergequant.plan(make_model("bert"), recipe)
