@@ -170,7 +170,7 @@ def test_fault_of_one_recipe_costs_the_others_nothing(
 def test_process_that_dies_is_a_row_with_its_reason(
     run: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work_off(groups: Any, workers: int, work: Any, lost: Any) -> Any:
+    def work_off(groups: Any, workers: int, work: Any, lost: Any, environments: Any) -> Any:
         yield from (lost(job, "was ended by SIGKILL") for group in groups for job in group)
 
     monkeypatch.setattr(runs, "work_off", work_off)

@@ -145,7 +145,7 @@ def test_evaluate_when_cache_is_quantized_reads_rotated_keys(tmp_path: Path) -> 
         for bits in (16, 4):
             report = mergequant.evaluate(folder, data=str(text), samples=2, seqlen=32, kv_bits=bits)
             assert report.quantized is not None
-            scores[label, bits] = report.quantized.perplexity.nll
+            scores[label, bits] = report.quantized.likelihood.nll
     assert scores["plain", 16] == scores["rotated", 16]
     assert len(set(scores.values())) == 3
 
