@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,13 +148,14 @@ def test_recipe_from_yaml_file_is_used(run: Any, tmp_path: Path) -> None:
     assert {site["weights"] for site in plan["sites"]} == {"int8 per row, rtn"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_interrupted_run_resumes_to_equal_checkpoint(run: Any, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    arguments = ["quantize", "tiny", "--recipe", "gptq", *WINDOWS, "--data", str(texts[0]), "--out"]
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "mergequant", *arguments, str(out)]
+def _interrupted(arguments: list[str]) -> tuple[int, str]:
+    """Exit status of a run that gets Ctrl-C in its first block, and what it wrote from there on."""
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "mergequant", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -161,7 +163,19 @@ def test_interrupted_run_resumes_to_equal_checkpoint(run: Any, texts: tuple[Path
             process.send_signal(signal.SIGINT)
             break
     _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130
+    return process.returncode, rest
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_interrupted_run_resumes_to_equal_checkpoint(run: Any, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ["quantize", "tiny", "--recipe", "gptq", *WINDOWS, "--data", str(texts[0]), "--out"]
+    out = tmp_path / "out"
+    for _ in range(3):  # on a busy machine a run may end before the signal reaches it
+        code, rest = _interrupted([*arguments, str(out)])
+        if code != 0:
+            break
+        shutil.rmtree(out)
+    assert code == 130
     assert "goes on after them" in rest
     assert "Traceback" not in rest
     assert not out.exists()
