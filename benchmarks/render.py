@@ -461,6 +461,14 @@ def _plain(value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def cpu_recipes(runs: dict[str, Any]) -> str:
+    """Seconds that recipes take on a CPU, and on which."""
+    lines = ["| recipe | s | cores | machine |", "|---|---|---|---|"]
+    for row in sorted(runs["rows"], key=lambda row: -row["seconds"]):
+        lines.append(f"| {row['label']} | {row['seconds']:.0f} | {row['cores']} | {row['machine']} |")
+    return "\n".join(lines) + f"\n\n{runs['about']}\n"
+
+
 def engine(runs: dict[str, Any]) -> str:
     """Ours and vLLM's own schemes inside vLLM's engine, and how the figures were made."""
     folder = str(ROOT / "benchmarks" / "vllm")
@@ -491,6 +499,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear": linear,
     "cpu_decode": cpu_decode,
     "quantize": quantize,
+    "cpu_recipes": cpu_recipes,
     "speed_goals": speed_goals,
     "ceilings": ceilings,
     "prefill": speed("prefill"),
