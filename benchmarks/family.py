@@ -104,11 +104,16 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def provenance(runs: dict[str, Any]) -> str:
-    """Where the runs' texts and figures come from."""
+    """Where the runs' texts and figures come from, rows of other devices than the last call's included."""
     machine = ", ".join(f"{key} {value}" for key, value in runs["machine"].items())
+    elsewhere: dict[str, list[str]] = {}
+    for row in runs["rows"]:
+        if row.get("device", runs["machine"]["device"]) != runs["machine"]["device"]:
+            elsewhere.setdefault(row["device"], []).append(f"{row['label']} ({row['model']})")
+    others = "".join(f" Run on {device}: {'; '.join(dict.fromkeys(names))}." for device, names in elsewhere.items())
     return (
         f"Calibration: {runs['protocol']['calibration']}. Evaluation: {runs['protocol']['evaluation']}. Made by "
-        f"`{runs['command']}` on {machine}."
+        f"`{runs['command']}` on {machine}.{others}"
     )
 
 

@@ -42,9 +42,12 @@ def model_card(
         )
         lines += [f"Every cache starts with {len(quantization.prefix.tokens)} stored prefix token(s).{replaces}", ""]
     if quantization.kv is not None:
-        lines += ["Static steps for a cache of keys and values of 8 or 4 bits are stored, one per channel.", ""]
-        if quantization.kv.key_rotation:
-            lines[-2] += f" Such a cache holds keys rotated by {quantization.kv.key_rotation}."
+        rotation = quantization.kv.key_rotation
+        rotated = f" Such a cache holds keys rotated by {rotation}." if rotation else ""
+        lines += [
+            f"Static steps for a cache of keys and values of 8 or 4 bits are stored, one per channel.{rotated}",
+            "",
+        ]
     if results:
         lines += ["## Results", "", *_table(results), ""]
     lines += [
