@@ -104,10 +104,11 @@ class Sparse:
         """The kernel with other configurations than the chosen one."""
         chosen = cuda_sparse.choose(*x.shape)
         assert chosen is not None
-        tried = [replace(chosen, depth=depth) for depth in (1, 2, 3, 4)]
-        tried += [replace(chosen, warps=warps, blocks=blocks) for warps, blocks in ((4, 4), (16, 1))]
+        shapes = ((4, 4), (4, 6), (8, 2), (8, 3), (16, 1))
+        tried = [replace(chosen, warps=warps, blocks=blocks) for warps, blocks in shapes]
+        tried += [replace(chosen, fused=not chosen.fused)] if x.shape[0] <= cuda_sparse.FUSED_TOKENS else []
         return {
-            f"warps {own.warps} blocks {own.blocks} depth {own.depth}": partial(
+            f"warps {own.warps} blocks {own.blocks} fused {own.fused}": partial(
                 cuda_sparse.linear, x, *self.dense, self.order, *self.outliers, None, TILE, configuration=own
             )
             for own in tried

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergequant.ops.cuda import codebook_linear, compiler, sparse_dense
 from mergequant.ops.cuda.arrange import LARGEST_WIDTH, SHARED, arrange_unit, token_bytes
-from mergequant.ops.cuda.codebook_linear import Part, cluster_for
+from mergequant.ops.cuda.codebook_linear import FUSED_TOKENS, Part, cluster_for, plan
 from mergequant.ops.cuda.compiler import Unit
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
@@ -46,20 +46,22 @@ def test_sparse_when_compiled_expect_tensor_cores_and_no_spills(tokens: int, wid
     chosen = sparse_dense.choose(tokens, width)
     assert chosen is not None
     assert chosen.tokens == tokens
-    ptx, registers = compiled(sparse_dense.unit(chosen, group, kind, 16, True, False))
+    ptx, registers = compiled(sparse_dense.unit(chosen, group, kind, 16, True, True, False))
     assert registers * 32 * chosen.warps * chosen.blocks <= REGISTERS
-    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 8 * chosen.depth * (1 + (tokens > 8))
+    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 8 * (1 + (tokens > 8))
     assert ptx.count("griddepcontrol.wait") == 1
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("tokens", "cluster"), [(1, 1), (8, 3)])
+@pytest.mark.parametrize(("tokens", "cluster"), [(1, 1), (4, 2), (8, 3)])
 @pytest.mark.parametrize("kind", PARTS)
 def test_codebook_when_compiled_expect_tensor_cores_and_no_spills(kind: str, tokens: int, cluster: int) -> None:
     part = part_of(kind, tokens)
-    ptx, registers = compiled(codebook_linear.unit(part, cluster, True))
+    fused = tokens <= FUSED_TOKENS
+    ptx, registers = compiled(codebook_linear.unit(part, cluster, fused, True, True))
     assert registers * 32 * part.warps <= REGISTERS
-    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 2 * part.vector
+    products = part.unit // 16 * part.vector * (1 + (tokens > 4))
+    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == products
     assert ("ld.shared::cluster" in ptx) == (cluster > 1)
     assert "cvt.rn.f16x2.f32" in ptx
 
@@ -75,22 +77,28 @@ def test_arrange_when_compiled_expect_no_spills(ordered: bool) -> None:
 
 @pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
-def test_part_when_books_are_copied_expect_them_to_fit(kind: str, tokens: int) -> None:
+@pytest.mark.parametrize("blocks", [None, 1, 8])
+def test_plan_when_any_books_expect_it_to_fit(kind: str, tokens: int, blocks: int | None) -> None:
     part = part_of(kind, tokens)
-    assert part.shared <= SHARED
+    found = plan(part, 22016, 4096, 132, blocks)
+    assert found.shared <= SHARED
     assert (part.copies == 0) == (kind == "v8k65536")
     assert part.copies & (part.copies - 1) == 0
     assert part.copies * part.room <= 128
+    assert found.shared >= part.books + found.slots * part.sums
+    assert found.fused == (tokens <= FUSED_TOKENS)
+    assert not plan(part, 22016, LARGEST_WIDTH, 132, blocks).fused
 
 
 @pytest.mark.parametrize("tiles", [1, 15, 43, 128, 230, 344])
-@pytest.mark.parametrize("chunks", [1, 2, 32, 86])
+@pytest.mark.parametrize("units", [1, 2, 32, 86])
 @pytest.mark.parametrize("processors", [16, 78, 132])
-def test_cluster_when_any_shape_expect_one_that_can_run(tiles: int, chunks: int, processors: int) -> None:
-    blocks, clusters = cluster_for(tiles, chunks, processors)
-    assert 1 <= blocks <= min(8, chunks)
+def test_cluster_when_any_shape_expect_one_that_can_run(tiles: int, units: int, processors: int) -> None:
+    blocks, clusters = cluster_for(tiles, units, 8, processors)
+    assert 1 <= blocks <= min(8, units)
     assert 1 <= clusters <= tiles
     assert blocks * clusters <= processors
+    assert cluster_for(tiles, units, 8, processors, 2)[0] == 2
 
 
 @pytest.mark.parametrize("width", [32, 128, 4096, 11008, 28672, LARGEST_WIDTH])

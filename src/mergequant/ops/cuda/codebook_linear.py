@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from mergequant.grids.codebook import vectors_for
-from mergequant.ops.cuda.arrange import CHUNK, COLUMNS, LARGEST_WIDTH, SHARED, arrange
+from mergequant.ops.cuda.arrange import COLUMNS, LARGEST_WIDTH, SHARED, arrange
 from mergequant.ops.cuda.compiler import Unit
 from mergequant.ops.cuda.launch import kernel, multiprocessors
+from mergequant.ops.overlap import overlaps
 
-__all__ = ["Part", "cluster_for", "linear", "reason_against", "unit"]
+__all__ = ["Part", "Plan", "cluster_for", "linear", "plan", "reason_against", "unit"]
 
 TILE = 16  # rows of indices that a block takes at a time
 MOST_TOKENS = 8  # of a launch: more take several
-SUM_ROW = 20  # words of 16 sums, as in half.cuh
+FUSED_TOKENS = 4  # up to which the kernel arranges its inputs itself, where they fit
 MOST_VECTOR = 16
 INDEX_STEP = 4  # bits of an index and its residual index together are a multiple of it
 SMALL_BOOKS = 96 * 1024  # bytes of copies of the books: lanes with a copy of their own do not meet in a bank
 BANKS = 128  # bytes that shared memory serves at once
+BYTE_STRIDE = 2 * BANKS
+RESERVED = 1024  # bytes of shared memory that are not divided here
 PROCESSORS_TOGETHER = 16  # multiprocessors of which a cluster takes its blocks
 MOST_BLOCKS = 8  # of a cluster
-OVERHEAD = 2  # chunks of columns that beginning and ending a tile are worth
-WARPS = ((4, 16), (6, 12), (MOST_VECTOR, 8))  # of a block, for vectors up to a length: long ones need more registers
+MOST_SLOTS = 12  # tiles of a batch
+OVERHEAD = 512  # columns of a tile that it costs to be a cluster
+WARPS = ((4, 16), (8, 12), (MOST_VECTOR, 8))  # of a block, for vectors up to a length: long ones need more registers
 
 
 @dataclass(frozen=True)
@@ -51,38 +55,87 @@ class Part:
         return next(warps for longest, warps in WARPS if self.vector <= longest)
 
     @property
+    def unit(self) -> int:
+        """Columns that a warp takes at a time: of each of four lanes, whole 16 bytes of indices."""
+        symbol = self.bits + self.residual_bits
+        return 4 * (32 if symbol % 8 else 16 if symbol % 16 else 8)
+
+    @property
+    def units(self) -> int:
+        """Of a row."""
+        return -(-self.columns // self.unit)
+
+    @property
     def copies(self) -> int:
         """Copies of the books in shared memory; 0: they stay in global memory."""
         size = self.groups * self.entries * self.room
-        if size + self.sums > SHARED:
+        if size + self.sums > SHARED - RESERVED:
             return 0
         copies = 1
-        while 2 * copies * self.room <= BANKS and 2 * copies * size <= min(SMALL_BOOKS, SHARED - self.sums):
+        while 2 * copies * self.room <= BANKS and 2 * copies * size <= min(SMALL_BOOKS, SHARED - RESERVED - self.sums):
             copies *= 2
         return copies
 
     @property
-    def sums(self) -> int:
-        """Bytes of shared memory for sums of a tile: of all warps, and two to share with the cluster."""
-        return 4 * self.vector * self.tokens * (self.warps * SUM_ROW + 2 * TILE)
+    def books(self) -> int:
+        """Bytes of shared memory for books; where an index is a byte, entries of them stand `BYTE_STRIDE` apart."""
+        if self.copies and self.bits == 8 and self.residual_bits in (0, 8) and self.groups == 1:
+            return 256 * BYTE_STRIDE
+        return self.copies * self.groups * self.entries * self.room
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory of a block."""
-        return self.copies * self.groups * self.entries * self.room + self.sums
+    def sums(self) -> int:
+        """Bytes of shared memory for sums of a tile: of all warps."""
+        return 4 * TILE * self.vector * self.tokens * self.warps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a part is run: blocks of a cluster, clusters, tiles of a batch, whether inputs are arranged, bytes of shared
+    memory of a block."""
+
+    blocks: int
+    clusters: int
+    slots: int
+    fused: bool
+    shared: int
 
 
 @cache
-def cluster_for(tiles: int, chunks: int, processors: int) -> tuple[int, int]:
-    """Blocks that share the columns of a tile, and clusters of them that run side by side, for the least time."""
+def plan(part: Part, outputs: int, width: int, processors: int, blocks: int | None = None) -> Plan:
+    """The division for the least time; `blocks` of a cluster, if they are given."""
+    tiles = -(-vectors_for(outputs, part.vector) // TILE)
+    blocks, clusters = cluster_for(tiles, part.units, OVERHEAD // part.unit, processors, blocks)
+    inputs = 2 * -(-part.units // blocks) * part.unit * (part.tokens + 1)  # and their order
+    free = SHARED - RESERVED - part.books
+    row = 2 * width * part.tokens
+    fused = part.tokens <= FUSED_TOKENS and inputs + max(row, part.sums) <= free
+    if not fused:
+        inputs = row = 0
+    count = -(-tiles // clusters)
+    most = max(1, min(MOST_SLOTS, (free - inputs) // part.sums))
+    slots = -(-count // -(-count // most))  # batches of about the same size
+    return Plan(blocks, clusters, slots, fused, part.books + inputs + max(row, slots * part.sums))
+
+
+def cluster_for(tiles: int, units: int, overhead: int, processors: int, blocks: int | None = None) -> tuple[int, int]:
+    """Blocks that share the columns of a tile, and clusters of them that run side by side, for the least time.
+
+    Args:
+        tiles: of rows of indices.
+        units: of columns.
+        overhead: units that it costs to be a cluster.
+        processors: of the device.
+        blocks: of a cluster, if they are given.
+    """
     best = (0, 1, 1)
-    for blocks in range(1, min(MOST_BLOCKS, chunks) + 1):
-        clusters = processors // PROCESSORS_TOGETHER * (PROCESSORS_TOGETHER // blocks) if blocks > 1 else processors
+    for size in range(1, min(MOST_BLOCKS, units) + 1) if blocks is None else (blocks,):
+        clusters = processors // PROCESSORS_TOGETHER * (PROCESSORS_TOGETHER // size) if size > 1 else processors
         if clusters < 1:
             break
-        time = -(-tiles // clusters) * (-(-chunks // blocks) + OVERHEAD)
-        if blocks == 1 or time < best[0]:
-            best = (time, blocks, min(clusters, tiles))
+        time = -(-tiles // clusters) * -(-units // size) + (overhead if size > 1 else 0)
+        if best[0] == 0 or time < best[0]:
+            best = (time, size, min(clusters, tiles))
     return best[1], best[2]
 
 
@@ -107,8 +160,8 @@ def reason_against(x: Tensor, books: Sequence[Tensor], layout: Sequence[int], ou
 
 
 @cache
-def unit(part: Part, cluster: int, half: bool) -> Unit:
-    """What is compiled; `half`: results are float16, else bfloat16."""
+def unit(part: Part, cluster: int, fused: bool, ordered: bool, half: bool) -> Unit:
+    """What is compiled; `fused`: inputs are arranged in it; `half`: x and results are float16, else bfloat16."""
     return Unit(
         "codebook.cu",
         (
@@ -121,6 +174,8 @@ def unit(part: Part, cluster: int, half: bool) -> Unit:
             ("MQ_COPIES", part.copies),
             ("MQ_CLUSTER", cluster),
             ("MQ_WARPS", part.warps),
+            ("MQ_FUSED", int(fused)),
+            ("MQ_ORDERED", int(fused and ordered)),
             ("MQ_HALF", int(half)),
         ),
     )
@@ -143,51 +198,61 @@ def linear(
         KernelError: the kernel cannot be compiled or launched.
     """
     width = x.shape[-1]
-    rows = x.reshape(-1, width).contiguous()
+    rows = _aligned(x.reshape(-1, width))
     count = rows.shape[0]
     tokens = min(MOST_TOKENS, 1 << max(count - 1, 0).bit_length())
     result = torch.empty((count, outputs), dtype=x.dtype, device=x.device)
     sums = torch.empty((count, outputs), dtype=torch.float32, device=x.device) if len(books) > 1 else None
-    # All that may launch something comes before `arrange`: the kernel reads it early.
+    # All that may launch something comes before the first kernel of ours: the next one reads it early.
     offset = None if bias is None else bias.float().contiguous()
     stored = [(_aligned(words), _aligned(book)) for words, book in zip(indices, books)]
-    inputs = arrange(rows, None if order is None else _aligned(order), tokens, False)
-    first_column = 0
+    numbers = None if order is None else _aligned(order)
+    parts = []
     for number, book in enumerate(books):
         columns, bits, residual_bits = layout[3 * number : 3 * number + 3]
         groups, entries, vector = book.shape
-        part = Part(columns, bits, residual_bits, groups, entries, vector, tokens)
-        tiles, chunks = -(-vectors_for(outputs, vector) // TILE), -(-columns // CHUNK)
-        blocks, clusters = cluster_for(tiles, chunks, multiprocessors(x.device))
-        if cluster is not None:
-            blocks, clusters = cluster, min(tiles, multiprocessors(x.device) // cluster)
-        made = kernel(unit(part, blocks, x.dtype == torch.float16), "codebook", x.device)
+        parts.append(Part(columns, bits, residual_bits, groups, entries, vector, tokens))
+    plans = [plan(part, outputs, width, multiprocessors(x.device), cluster) for part in parts]
+    inputs = None if all(own.fused for own in plans) else arrange(rows, numbers, tokens, False)
+    first_column = 0
+    # Its constants must have been written long before: not copied just now, where kernels overlap anyway.
+    pairs = [*zip(indices, (words for words, _ in stored)), *zip(books, (book for _, book in stored)), (order, numbers)]
+    copied = any(new is not old for old, new in pairs)
+    early = not copied if overlaps(x.device) else inputs is not None
+    for number, (part, own) in enumerate(zip(parts, plans)):
+        made = kernel(
+            unit(part, own.blocks, own.fused, order is not None, x.dtype == torch.float16), "codebook", x.device
+        )
         last = number == len(books) - 1
         for start in range(0, count, tokens):
-            own = slice(start, start + tokens)
+            taken = slice(start, start + tokens)
             made.launch(
-                (blocks * clusters, 1, 1),
+                (own.blocks * own.clusters, 1, 1),
                 32 * part.warps,
                 (
                     *stored[number],
+                    numbers,
                     offset if last else None,
-                    inputs.image[own],
-                    inputs.factors[own],
-                    None if number == 0 or sums is None else sums[own],
-                    None if last or sums is None else sums[own],
-                    result[own],
+                    rows[taken],
+                    None if inputs is None else inputs.image[taken],
+                    None if inputs is None else inputs.factors[taken],
+                    None if number == 0 or sums is None else sums[taken],
+                    None if last or sums is None else sums[taken],
+                    result[taken],
                     min(tokens, count - start),
                     outputs,
-                    columns,
+                    part.columns,
                     first_column,
                     width,
-                    columns // groups,
+                    part.columns // part.groups,
+                    own.slots,
                 ),
-                shared=part.shared,
-                cluster=(blocks, 1, 1),
-                overlap=True,  # what it reads early was written before `arrange` began
+                shared=own.shared,
+                cluster=(own.blocks, 1, 1),
+                overlap=early,
             )
-        first_column += columns
+            early = True
+        first_column += part.columns
     return result.view(*x.shape[:-1], outputs)
 
 

@@ -136,6 +136,11 @@ MQ_DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same for what was only read: nobody overwrites it, or leaves, before all have read it. Does not wait for writes.
+MQ_DEVICE void cluster_have_read() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The address, in block `rank`, of what lies at `shared` in this block.
 MQ_DEVICE u32 cluster_address(u32 shared, u32 rank) {
     u32 address;

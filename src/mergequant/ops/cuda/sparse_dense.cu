@@ -1,10 +1,13 @@
 // Weight-only product for a few tokens: 4-bit codes in small groups, zero points, statistics that may be codes
 // themselves, and single outliers; y[m, n] = sum_k x[m, k] ((code[n, k] - zero) scale) + outliers.
 //
-// Bound by reading the weight once. A block takes 16 outputs at a time and its warps share k, as in gemm_stream.cu. In a
-// chunk of 128 columns a lane has the 16 bytes of 32 neighbouring codes of two rows, so statistics are made once, by the
-// lane that needs them; k of the tensor core stands for other columns in every lane, which the inputs' order
-// (half.cuh) makes good. Weights are made in float16: c - 8 exactly, then one fused multiply-add. All sums are float32.
+// Bound by reading the weight once. A block takes 16 outputs at a time and its warps share k. In a chunk of 128 columns a
+// lane has the 16 bytes of 32 neighbouring codes of two rows, so statistics are made once, by the lane that needs them;
+// k of the tensor core stands for other columns in every lane, which the inputs' order (half.cuh) makes good. Weights
+// are made in float16: c - 8 exactly, then one fused multiply-add. All sums are float32.
+//
+// A warp's next chunk is on its way to registers, from L2, into which the block has asked for its next 16 outputs. More
+// chunks in registers would not help: a warp has six counters to wait with, and the compiler gives all loads the same.
 #include "half.cuh"
 
 constexpr int TOKENS = MQ_TOKENS;    // 1, 2, 4, 8 or 16: of a launch, at most
@@ -12,9 +15,10 @@ constexpr int GROUP = MQ_GROUP;      // columns that share statistics: 8, 16 or 
 constexpr int KIND = MQ_KIND;        // 0: scales; 1: scales and zeros, both float16; 2: codes of both, and their grids
 constexpr int TILE = MQ_TILE;        // rows, in tiles of 16, that share grids
 constexpr bool SPARSE = MQ_SPARSE;   // there are outliers
-constexpr bool HALF = MQ_HALF;       // results are float16, else bfloat16
+constexpr bool FUSED = MQ_FUSED;     // inputs are made here from x, else by arrange.cu
+constexpr bool ORDERED = MQ_ORDERED;  // and stored columns have an order of their own
+constexpr bool HALF = MQ_HALF;       // x and results are float16, else bfloat16
 constexpr int WARPS = MQ_WARPS;      // that share k
-constexpr int DEPTH = MQ_DEPTH;      // chunks in flight of a warp
 constexpr int BLOCKS = MQ_BLOCKS;    // of a multiprocessor, side by side
 
 constexpr int THREADS = 32 * WARPS;
@@ -25,7 +29,9 @@ constexpr int OWN = KIND == 2 ? 1 : (KIND + 1) * PAIRS;         // words of stat
 constexpr int SHARED_GRIDS = KIND == 2 ? 2 * GROUPS : 1;        // and of those that a tile of rows shares
 constexpr int OWN_STEP = KIND == 2 ? 1 : 2, OWN_BYTES = OWN_STEP * GROUPS;  // bytes of a group, and of a lane's
 constexpr int SUMS = TOKENS * SUM_ROW;                          // words of the sums of a warp
-constexpr int LANES = THREADS / 16;                             // threads that share the outliers of a row
+constexpr int LANES = THREADS / 16;                             // threads that share the outliers of a row,
+static_assert((LANES & LANES - 1) == 0 && LANES <= 32, "they add up by shuffles");
+constexpr int EARLY = GROUP == 8 ? 2 : 3;                        // and outliers of a thread that are asked for early
 constexpr u32 MAGIC = 0x64006400u;                              // 1024, 1024: or-ing a nibble adds it, or 16 times it
 
 struct Piece {
@@ -70,79 +76,132 @@ MQ_DEVICE void weights_of(u32 (&to)[4], u32 word, u32 scale, u32 offset) {
     }
 }
 
-MQ_DEVICE u32 word_of(const U4& four, int j) { return j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w; }
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids, const i32* pointers,
-             const u16* columns, const u16* values, const float* bias, const U4* image, const float* factors,
-             const u16* natural, u16* result, int rows, int outputs, int width) {
+             const u16* columns, const u16* values, const u16* order, const float* bias, const u16* x, const U4* image,
+             const float* factors, const u16* natural, u16* result, int rows, int outputs, int width) {
     extern __shared__ __align__(128) u8 shared[];
+    __shared__ u32 most[TOKENS][WARPS];
+    __shared__ float backs[TOKENS];  // by which results are multiplied
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int chunks = (width + CHUNK - 1) / CHUNK, tiles = (outputs + 15) / 16;
     const u32 groups = static_cast<u32>(width) / GROUP;
     const int pitch = token_pitch(width);
-    // As in gemm_stream.cu: a multiple of DEPTH, so that places of the ring are known when compiling.
-    const int steps = ((chunks + WARPS - 1) / WARPS + DEPTH - 1) / DEPTH * DEPTH;
+    u8* const raw = shared + TOKENS * pitch;  // FUSED: x as it is
+    float* const buffers = reinterpret_cast<float*>(raw + (FUSED ? TOKENS * 2 * width : 0));  // two of [WARPS + 1][SUMS]
 
-    Piece ahead[DEPTH] = {};
-    auto request = [&](Piece& to, int tile, int step) {
-        const int chunk = warp + step * WARPS, column = chunk * CHUNK + t * 32;
-        if (tile >= tiles || chunk >= chunks) return;
-        if (column >= width) {
-            to = {};  // weights are 0
-            return;
-        }
+    // Past the end of the rows or columns the last ones are read: inputs there are 0, or outputs nobody's.
+    Piece ahead = {};
+    auto request = [&](int tile, int chunk) {
+        const int column = min(chunk * CHUNK + t * 32, width - 32);
+        const bool wanted = tile < tiles && chunk < chunks;
         const u32 first = tile * 16 + g, group = static_cast<u32>(column) / GROUP;  // the host sees to 32 bits
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const u32 row = first + r * 8, place = row * groups + group;
-            if (row >= outputs) continue;
-            to.codes[r] = load_stream(codes + (row * (width / 2) + column / 2));
-            load_constant<OWN_BYTES>(to.own[r], scales + place * OWN_STEP);
-            if constexpr (KIND == 1) load_constant<OWN_BYTES>(to.own[r] + PAIRS, zeros + place * OWN_STEP);
+            const u32 row = min(first + r * 8, outputs - 1u), place = row * groups + group;
+            load_stream_if(ahead.codes[r], codes + (row * (width / 2) + column / 2), wanted);
+            load_constant<OWN_BYTES>(ahead.own[r], scales + place * OWN_STEP, wanted);
+            if constexpr (KIND == 1) load_constant<OWN_BYTES>(ahead.own[r] + PAIRS, zeros + place * OWN_STEP, wanted);
         }
         if constexpr (KIND == 2)
-            load_constant<8 * GROUPS>(to.grids, grids + (static_cast<u32>(tile) / TILE * groups + group) * 8);
+            load_constant<8 * GROUPS>(ahead.grids, grids + (tile / u32(TILE) * groups + group) * 8, wanted);
     };
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) request(ahead[i], blockIdx.x, i);
+    auto prefetch = [&](int tile) {
+        if (tile >= tiles) return;
+        const u32 first = tile * 16, count = min(16, outputs - tile * 16);
+        prefetch_lines(codes + first * (width / 2), count * (width / 2), threadIdx.x, THREADS);
+        prefetch_lines(scales + first * groups * OWN_STEP, count * groups * OWN_STEP, threadIdx.x, THREADS);
+        if constexpr (KIND == 1)
+            prefetch_lines(zeros + first * groups * OWN_STEP, count * groups * OWN_STEP, threadIdx.x, THREADS);
+        if constexpr (SPARSE) {
+            const u32 later = min(first + 3 * 16 * gridDim.x, outputs - 1u);  // when they will be read
+            prefetch_lines(pointers + later, 64, threadIdx.x, THREADS);
+        }
+        if constexpr (KIND == 2)
+            prefetch_lines(grids + static_cast<u32>(tile) / TILE * groups * 8, groups * 8, threadIdx.x, THREADS);
+    };
+    request(blockIdx.x, warp);
+    prefetch(blockIdx.x);
 
-    // Outliers: LANES threads share a row. The first two of a thread are requested a tile ahead, where they begin two.
+    // Outliers: LANES threads share a row. The first ones of a thread are requested a tile ahead; before that they come
+    // into L2, since whoever waits for a chunk's codes waits for them, too.
     struct Stretch {
-        i32 begin, end;
+        u32 begin, end;
     };
     const int sparse_row = threadIdx.x / LANES, sparse_lane = threadIdx.x % LANES;
-    auto stretch_of = [&](int tile) {
+    auto stretch_of = [&](Stretch& to, int tile) {
         const int row = tile * 16 + sparse_row;
-        Stretch found = {0, 0};
-        if (row < outputs) {
-            load_constant<4>(reinterpret_cast<u32*>(&found.begin), pointers + row);
-            load_constant<4>(reinterpret_cast<u32*>(&found.end), pointers + row + 1);
-            found.begin += sparse_lane;
+        to = {0, 0};
+        load_constant<4>(&to.begin, pointers + row, row < outputs);
+        load_constant<4>(&to.end, pointers + row + 1, row < outputs);
+    };
+    Stretch now = {}, next = {}, after = {};  // of this tile, and of those that follow
+    u32 early_columns[EARLY] = {}, early_values[EARLY] = {};
+    auto request_outliers = [&] {
+#pragma unroll
+        for (int i = 0; i < EARLY; ++i) {
+            const u32 place = now.begin + sparse_lane + i * LANES;
+            load_constant<2>(&early_columns[i], columns + place, place < now.end);
+            load_constant<2>(&early_values[i], values + place, place < now.end);
         }
-        return found;
+        prefetch_lines(columns + next.begin, (next.end - next.begin) * 2, sparse_lane, LANES);
+        prefetch_lines(values + next.begin, (next.end - next.begin) * 2, sparse_lane, LANES);
     };
-    auto entry_of = [&](int place, int end) {
-        u32 column = 0, value = 0;
-        if (place < end) load_constant<2>(&column, columns + place), load_constant<2>(&value, values + place);
-        return column | value << 16;
-    };
-    Stretch now = {0, 0}, next = {0, 0};
-    u32 entries[2] = {};
     if constexpr (SPARSE) {
-        now = stretch_of(blockIdx.x), next = stretch_of(blockIdx.x + gridDim.x);
-        entries[0] = entry_of(now.begin, now.end), entries[1] = entry_of(now.begin + LANES, now.end);
+        stretch_of(now, blockIdx.x);
+        stretch_of(next, blockIdx.x + gridDim.x);
+        stretch_of(after, blockIdx.x + 2 * gridDim.x);
     }
+    // The order of eight columns waits where these columns of the last token will be; a thread reads its own.
+    auto piece_at = [&](int token, int i) {
+        return reinterpret_cast<U4*>(shared + token * pitch) + (i / 16 * 16 + i % 4 * 4 + i % 16 / 4);
+    };
+    const int pieces = chunks * (CHUNK / 8);
+    if constexpr (FUSED && ORDERED)
+        for (int i = threadIdx.x; i < width / 8; i += THREADS)
+            copy_async<16>(shared_address(piece_at(rows - 1, i)), order + i * 8);
+    if constexpr (SPARSE) request_outliers();
+    prefetch(blockIdx.x + gridDim.x);
 
     overlap_launch();
     overlap_wait();
-    for (int i = threadIdx.x; i < rows * pitch / 16; i += THREADS)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared) + i * 16), "l"(image + i)
-                     : "memory");
-    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+    float factor[TOKENS] = {};
+    if constexpr (FUSED) {
+        const u16* const own_x = reinterpret_cast<const u16*>(raw);
+        for (int i = threadIdx.x; i < rows * width / 8; i += THREADS)
+            copy_async<16>(shared_address(raw) + i * 16, x + i * 8);
+        copies_wait();
+        __syncthreads();
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const U4* const from = reinterpret_cast<const U4*>(own_x + token * width);
+            u32 largest = 0;
+            for (int i = threadIdx.x; token < rows && i < width / 8; i += THREADS)
+                largest = max(largest, largest_of(from[i]));
+            largest = __reduce_max_sync(0xFFFFFFFFu, largest);
+            if (lane == 0) most[token][warp] = largest;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const Scale scale = scale_for<HALF>(__reduce_max_sync(0xFFFFFFFFu, most[token][lane % WARPS]));
+            factor[token] = scale.factor;
+            if (threadIdx.x == 0) backs[token] = scale.back;
+            for (int i = threadIdx.x; token < rows && i < pieces; i += THREADS) {
+                U4 piece = {};
+                if (i * 8 < width)
+                    piece = arranged<HALF, ORDERED>(own_x + token * width, *piece_at(rows - 1, i), i * 8, scale.factor);
+                *piece_at(token, i) = piece;
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < rows * pitch / 16; i += THREADS)
+            copy_async<16>(shared_address(shared) + i * 16, image + i);
+        if (static_cast<int>(threadIdx.x) < rows) backs[threadIdx.x] = factors[threadIdx.x];
+        copies_wait();
+    }
     __syncthreads();
 
-    float* const buffers = reinterpret_cast<float*>(shared + rows * pitch);  // two of [WARPS + 1][TOKENS][SUM_ROW]
     int buffer = 0;
     u32 inputs[TOKEN_TILES];
 #pragma unroll
@@ -150,35 +209,30 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
         inputs[j] = shared_address(shared) + min(j * 8 + g, rows - 1) * pitch + t * 16;
 
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        if (tile != static_cast<int>(blockIdx.x)) prefetch(tile + gridDim.x);
         float sum[2][TOKEN_TILES][4] = {};
-        for (int step = 0; step < steps; step += DEPTH) {
-            const bool ends = step + DEPTH == steps;  // then what is requested belongs to the next tile
-            const int next_tile = ends ? tile + gridDim.x : tile, next_step = ends ? 0 : step + DEPTH;
+#pragma unroll 1
+        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+            const Piece piece = ahead;
+            const bool ends = chunk + WARPS >= chunks;
+            request(ends ? tile + gridDim.x : tile, ends ? warp : chunk + WARPS);
+            u32 scale[2][2 * PAIRS], offset[2][2 * PAIRS];
 #pragma unroll
-            for (int i = 0; i < DEPTH; ++i) {
-                const int chunk = warp + (step + i) * WARPS;
-                const Piece& piece = ahead[i];
-                if (chunk < chunks) {
-                    u32 scale[2][2 * PAIRS], offset[2][2 * PAIRS];
+            for (int r = 0; r < 2; ++r) statistics_of(piece.own[r], piece.grids, scale[r], offset[r]);
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) statistics_of(piece.own[r], piece.grids, scale[r], offset[r]);
+            for (int j = 0; j < 4; ++j) {
+                const int group = j * GROUPS / 4;
+                u32 weights[2][4];
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const int group = j * GROUPS / 4;
-                        u32 weights[2][4];
+                for (int r = 0; r < 2; ++r)
+                    weights_of(weights[r], word_of(piece.codes[r], j), scale[r][group], offset[r][group]);
 #pragma unroll
-                        for (int r = 0; r < 2; ++r)
-                            weights_of(weights[r], word_of(piece.codes[r], j), scale[r][group], offset[r][group]);
-#pragma unroll
-                        for (int k = 0; k < TOKEN_TILES; ++k) {
-                            u32 x[4];
-                            load_shared<16>(x, inputs[k] + chunk * CHUNK_BYTES + j * PIECE_BYTES);
-                            mma_f16(sum[0][k], weights[0][0], weights[1][0], weights[0][1], weights[1][1], x[0], x[1]);
-                            mma_f16(sum[1][k], weights[0][2], weights[1][2], weights[0][3], weights[1][3], x[2], x[3]);
-                        }
-                    }
+                for (int k = 0; k < TOKEN_TILES; ++k) {
+                    u32 x[4];
+                    load_shared<16>(x, inputs[k] + chunk * CHUNK_BYTES + j * PIECE_BYTES);
+                    mma_f16(sum[0][k], weights[0][0], weights[1][0], weights[0][1], weights[1][1], x[0], x[1]);
+                    mma_f16(sum[1][k], weights[0][2], weights[1][2], weights[0][3], weights[1][3], x[2], x[3]);
                 }
-                request(ahead[i], next_tile, next_step + i);  // into the registers that have become free
             }
         }
         float* const sums = buffers + buffer * (WARPS + 1) * SUMS;
@@ -191,25 +245,35 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
             }
         if constexpr (SPARSE) {
             float own[TOKENS] = {};
-            auto add = [&](u32 entry) {
-                const float value = f16_high(entry);
-                const u16* const from = natural + static_cast<u64>(entry & 0xFFFF) * TOKENS;
-                if constexpr (TOKENS == 1) {
-                    own[0] += value * f16_low(*from);
+            auto add = [&](u32 column, u32 entry) {
+                const float value = f16_low(entry);
+                if constexpr (FUSED) {
+#pragma unroll
+                    for (int k = 0; k < TOKENS; ++k) {
+                        const u16 input = reinterpret_cast<const u16*>(raw)[min(k, rows - 1) * width + column];
+                        own[k] += value * (input_of<HALF>(input) * factor[k]);
+                    }
+                } else if constexpr (TOKENS == 1) {
+                    own[0] += value * f16_low(natural[column]);
                 } else {
                     u32 x[(TOKENS + 1) / 2];
-                    load_written<2 * TOKENS>(x, from);
+                    load_written<2 * TOKENS>(x, natural + static_cast<u64>(column) * TOKENS);
 #pragma unroll
                     for (int k = 0; k < TOKENS / 2; ++k)
                         own[2 * k] += value * f16_low(x[k]), own[2 * k + 1] += value * f16_high(x[k]);
                 }
             };
-            if (now.begin < now.end) add(entries[0]);
-            if (now.begin + LANES < now.end) add(entries[1]);
-            for (int place = now.begin + 2 * LANES; place < now.end; place += LANES) add(entry_of(place, now.end));
-            now = next;
-            next = stretch_of(tile + 2 * gridDim.x);
-            entries[0] = entry_of(now.begin, now.end), entries[1] = entry_of(now.begin + LANES, now.end);
+#pragma unroll
+            for (int i = 0; i < EARLY; ++i)
+                if (now.begin + sparse_lane + i * LANES < now.end) add(early_columns[i], early_values[i]);
+            for (u32 place = now.begin + sparse_lane + EARLY * LANES; place < now.end; place += LANES) {
+                u32 column = 0, value = 0;
+                load_constant<2>(&column, columns + place), load_constant<2>(&value, values + place);
+                add(column, value);
+            }
+            now = next, next = after;
+            stretch_of(after, tile + 3 * gridDim.x);
+            request_outliers();
 #pragma unroll
             for (int k = 0; k < TOKENS; ++k) {
 #pragma unroll
@@ -225,7 +289,7 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
             float total = 0.0f;
 #pragma unroll
             for (int k = 0; k < WARPS + SPARSE; ++k) total += sums[k * SUMS + token * SUM_ROW + row];
-            total *= factors[token];
+            total *= backs[token];
             if (bias) total += bias[output];
             result[static_cast<u64>(token) * outputs + output] = static_cast<u16>(pack_16bit<HALF>(total, 0.0f));
         }

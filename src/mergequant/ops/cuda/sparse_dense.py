@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import KernelError
-from mergequant.ops.cuda.arrange import CHUNK, COLUMNS, SHARED, arrange, token_bytes
+from mergequant.ops.cuda.arrange import COLUMNS, SHARED, arrange, token_bytes
 from mergequant.ops.cuda.compiler import Unit
 from mergequant.ops.cuda.launch import kernel, multiprocessors
+from mergequant.ops.overlap import overlaps
 
 __all__ = ["Configuration", "choose", "linear", "reason_against", "unit"]
 
@@ -17,7 +18,10 @@ TILE = 16  # outputs of a block at a time; rows that share statistics are whole 
 MOST_TOKENS = 16  # of a launch: more take several
 SUM_ROW = 20  # words of 16 sums, as in half.cuh
 SMALL_GROUPS = (8, 16)
-DEPTHS = (4, 3, 2)
+FUSED_TOKENS = 4  # up to which the kernel arranges its inputs itself, where they fit
+SHAPES = ((8, 3), (8, 2), (16, 1))  # warps of a block, which share k, and blocks side by side: the first that fits
+MANY_TOKENS, MANY_SHAPES = 8, ((8, 2), (16, 1))  # and from so many on
+STATIC = 2048  # bytes of shared memory of a block that are not counted here
 LARGEST_WEIGHT = 1 << 31  # bytes of each of its parts then have numbers of 32 bits
 SHARED_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
 SCALES, ZEROS, LEVELS = range(3)  # kinds of statistics, as in sparse_dense.cu
@@ -25,20 +29,21 @@ SCALES, ZEROS, LEVELS = range(3)  # kinds of statistics, as in sparse_dense.cu
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tokens of a launch; warps of a block, which share k, each with `depth` chunks in flight; blocks side by side."""
+    """Tokens of a launch; warps of a block, which share k; blocks side by side; whether inputs are arranged in it."""
 
     tokens: int
     warps: int
     blocks: int
-    depth: int
+    fused: bool
 
     def shared(self, width: int) -> int:
-        """Bytes of shared memory of a block: inputs, and two buffers of sums."""
-        return self.tokens * (token_bytes(width) + 2 * (self.warps + 1) * SUM_ROW * 4)
+        """Bytes of shared memory of a block: inputs, arranged and as they are, and two buffers of sums."""
+        sums = 2 * (self.warps + 1) * SUM_ROW * 4
+        return self.tokens * (token_bytes(width) + (2 * width if self.fused else 0) + sums)
 
     def fits(self, width: int) -> bool:
         """Whether its blocks fit side by side."""
-        used = self.shared(width)
+        used = self.shared(width) + STATIC
         return used <= SHARED and (used + SHARED_RESERVED) * self.blocks <= SHARED_MULTIPROCESSOR
 
 
@@ -47,18 +52,13 @@ def choose(tokens: int, width: int) -> Configuration | None:
     """Configuration for so many tokens, all in one launch if that fits; None: not even one token does."""
     size = min(MOST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
     while size:
-        for warps, blocks in ((8, 2), (16, 1)):
-            known = Configuration(size, warps, blocks, _depth(-(-width // CHUNK), warps, size))
-            if known.fits(width):
-                return known
+        for fused in (True, False) if size <= FUSED_TOKENS else (False,):
+            for warps, blocks in MANY_SHAPES if size >= MANY_TOKENS else SHAPES:
+                known = Configuration(size, warps, blocks, fused)
+                if known.fits(width):
+                    return known
         size //= 2
     return None
-
-
-def _depth(chunks: int, warps: int, tokens: int) -> int:
-    """Chunks in flight: as many as registers hold, of those that leave fewest places of the ring empty."""
-    steps = -(-chunks // warps)
-    return min(DEPTHS if tokens < MOST_TOKENS else DEPTHS[1:], key=lambda depth: -(-steps // depth) * depth)
 
 
 def reason_against(
@@ -85,8 +85,10 @@ def reason_against(
 
 
 @cache
-def unit(configuration: Configuration, group: int, kind: int, tile: int, sparse: bool, half: bool) -> Unit:
-    """What is compiled; `tile`: rows that share statistics; `half`: results are float16, else bfloat16."""
+def unit(
+    configuration: Configuration, group: int, kind: int, tile: int, sparse: bool, ordered: bool, half: bool
+) -> Unit:
+    """What is compiled; `tile`: rows that share statistics; `half`: x and results are float16, else bfloat16."""
     return Unit(
         "sparse_dense.cu",
         (
@@ -95,9 +97,10 @@ def unit(configuration: Configuration, group: int, kind: int, tile: int, sparse:
             ("MQ_KIND", kind),
             ("MQ_TILE", max(tile // TILE, 1)),
             ("MQ_SPARSE", int(sparse)),
+            ("MQ_FUSED", int(configuration.fused)),
+            ("MQ_ORDERED", int(configuration.fused and ordered)),
             ("MQ_HALF", int(half)),
             ("MQ_WARPS", configuration.warps),
-            ("MQ_DEPTH", configuration.depth),
             ("MQ_BLOCKS", configuration.blocks),
         ),
     )
@@ -124,43 +127,46 @@ def linear(
         KernelError: the kernel cannot be compiled or launched.
     """
     outputs, width, groups = codes.shape[0], x.shape[-1], scale.shape[1]
-    rows = x.reshape(-1, width).contiguous()
+    rows = _aligned(x.reshape(-1, width))
     count = rows.shape[0]
     configuration = configuration or choose(count, width)
     if configuration is None:
         raise KernelError(f"sparse_dense_linear: a row of {width} inputs does not fit; see reason_against")
     result = torch.empty((count, outputs), dtype=x.dtype, device=x.device)
-    # All that may launch something comes before `arrange`: the kernel reads it early.
-    weight = [None if part is None else _aligned(part) for part in (codes, scale, zero, statistics)]
-    sparse = [None if part is None else part.contiguous() for part in (pointers, columns, values)]
+    # All that may launch something comes before the first kernel of ours: the next one reads it early.
+    given = (codes, scale, zero, statistics, pointers, columns, values, order)
+    weight = [None if part is None else _aligned(part) for part in given]
     offset = None if bias is None else bias.float().contiguous()
-    order = None if order is None else _aligned(order)
-    inputs = arrange(rows, order, configuration.tokens, pointers is not None)
+    sparse = pointers is not None
+    inputs = None if configuration.fused else arrange(rows, weight[-1], configuration.tokens, sparse)
     kind = LEVELS if statistics is not None else SCALES if zero is None else ZEROS
-    made = unit(configuration, width // groups, kind, tile, pointers is not None, x.dtype == torch.float16)
+    made = unit(configuration, width // groups, kind, tile, sparse, order is not None, x.dtype == torch.float16)
+    # Its constants must have been written long before: not copied just now, where kernels overlap anyway.
+    copied = any(own is not old for own, old in zip(weight, given))
+    early = not copied if overlaps(x.device) else inputs is not None
     blocks = min(-(-outputs // TILE), configuration.blocks * multiprocessors(x.device))
     for number, start in enumerate(range(0, count, configuration.tokens)):
         own = slice(start, start + configuration.tokens)
-        taken = min(configuration.tokens, count - start)
-        natural = None if inputs.natural is None else inputs.natural[number]
+        natural = None if inputs is None or inputs.natural is None else inputs.natural[number]
         kernel(made, "sparse_dense", x.device).launch(
             (blocks, 1, 1),
             32 * configuration.warps,
             (
                 *weight,
-                *sparse,
                 offset,
-                inputs.image[own],
-                inputs.factors[own],
+                rows[own],
+                None if inputs is None else inputs.image[own],
+                None if inputs is None else inputs.factors[own],
                 natural,
                 result[own],
-                taken,
+                min(configuration.tokens, count - start),
                 outputs,
                 width,
             ),
             shared=configuration.shared(width),
-            overlap=True,  # what it reads early was written before `arrange` began
+            overlap=early,
         )
+        early = True
     return result.view(*x.shape[:-1], outputs)
 
 
