@@ -22,13 +22,11 @@ from torch import Tensor
 
 from mergequant.errors import UsageError
 from mergequant.grids import Outliers, Quantizer, SparseTensor
-from mergequant.grids.quantizer import nearest_code
+from mergequant.solvers.columns import ColumnQuantizer, GridColumns, block_kernel
 from mergequant.solvers.rounding import Solution, gptq
 from mergequant.solvers.sweep import invert_hessian
 
 __all__ = ["Descent", "OutlierShare", "descend", "quantease", "quantease_outliers"]
-
-ColumnQuantizer = Callable[[int, Tensor], Tensor]
 
 RELAXED_EVERY = 3
 LAST_RELAXED = 25
@@ -132,7 +130,7 @@ def quantease(weight: Tensor, gram: Tensor, quantizer: Quantizer, descent: Desce
         first = gptq(weight, inverse, quantizer)
     grids = quantizer.find(weight)
     begin = None if descent.start == "float" else first.quantized.decode()
-    values = descend(weight, gram, _nearest(quantizer, *grids, weight.shape[1]), descent, start=begin)
+    values = descend(weight, gram, GridColumns(quantizer.grid, *grids, weight.shape[1]), descent, start=begin)
     return Solution(quantizer.encode(values, *grids), first.damping, first.attempts)
 
 
@@ -184,7 +182,7 @@ def quantease_outliers(
     held = _largest(weight, count, outliers.structured)
     grids = quantizer.find(_inner(weight, held, quantizer, outliers))
     grids = grids[0].clamp_min(SMALLEST_SCALE).half().float(), grids[1]
-    nearest = _nearest(quantizer, *grids, width)
+    nearest = GridColumns(quantizer.grid, *grids, width)
     system = gram.float()
     step = 1 / _largest_eigenvalue(gram)
 
@@ -216,8 +214,17 @@ def _sweep(
     best = target + ratios @ (target - values)
     moved = torch.zeros((), dtype=torch.bool, device=values.device)
     width = values.shape[0]
+    at_once = block_kernel(rounded, best, block)
     for first in range(0, width, block):
         last = min(first + block, width)
+        if at_once is not None:
+            before = values[first:last]
+            values[first:last], steps = at_once(
+                numbers[first:last], best[first:last], ratios[first:last, first:last], before=before
+            )
+            best[last:] += ratios[last:, first:last] @ steps
+            moved |= steps.any()
+            continue
         own, steps = best[first:last], torch.empty_like(best[first:last])
         local = ratios[first:last, first:last].t().contiguous()  # row i: what column i does to the others
         for i in range(last - first):
@@ -233,20 +240,6 @@ def _sweep(
 def _alive(weight: Tensor, gram: Tensor) -> Tensor:
     """The weight without the columns that never see an input: they would only widen ranges."""
     return torch.where(torch.diagonal(gram) > 0, weight.float(), torch.zeros_like(weight, dtype=torch.float32))
-
-
-def _nearest(quantizer: Quantizer, scale: Tensor, zero: Tensor | None, width: int) -> ColumnQuantizer:
-    """Rounding of one column by scales and zero points (rows, groups)."""
-    columns = scale.t().contiguous()
-    zeros = None if zero is None else zero.t().contiguous()
-    size, grid = width // scale.shape[1], quantizer.grid
-
-    def rounded(column: int, values: Tensor) -> Tensor:
-        own = columns[column // size]
-        code = nearest_code(grid, values / own, None if zeros is None else zeros[column // size])
-        return grid.value(code).mul_(own)
-
-    return rounded
 
 
 def _largest(values: Tensor, count: int, structured: bool) -> Tensor:

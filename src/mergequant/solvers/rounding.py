@@ -8,6 +8,7 @@ from torch import Tensor
 from mergequant.errors import UsageError
 from mergequant.grids import QTensor, Quantizer, ZeroTensor
 from mergequant.grids.quantizer import nearest_code
+from mergequant.solvers.columns import GridColumns
 from mergequant.solvers.sweep import InverseFactor, invert_hessian, sweep
 
 __all__ = ["Solution", "gptq", "output_error", "rtn"]
@@ -76,12 +77,14 @@ def gptq(
     quantizer.groups(weight.shape[1])
     alive = torch.where(inverse.dead, torch.zeros_like(weight), weight)
     scale, zero = quantizer.find(alive)  # (outputs, groups)
-    group_of = torch.arange(weight.shape[1]) // (quantizer.group_size or weight.shape[1])
-    groups = group_of.tolist()
+    if not dynamic_groups:
+        values, _ = sweep(alive, inverse, GridColumns(quantizer.grid, scale, zero, weight.shape[1]), block=block)
+        return Solution(quantizer.encode(values, scale, zero), inverse.damping, inverse.attempts)
+    size = quantizer.group_size or weight.shape[1]
     codes = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
 
     def quantize_column(column: int, values: Tensor) -> Tensor:
-        group = groups[column]
+        group = column // size
         own = None if zero is None else zero[:, group]
         code = nearest_code(quantizer.grid, values / scale[:, group], own)
         codes[column] = (code if own is None else code + own).to(torch.int8)
@@ -89,16 +92,12 @@ def gptq(
 
     def begin_group(position: int, values: Tensor) -> None:
         found, own = replace(quantizer, group_size=None).find(values)
-        scale[:, groups[position]] = found[:, 0]
+        scale[:, position // size] = found[:, 0]
         if zero is not None and own is not None:
-            zero[:, groups[position]] = own[:, 0]
+            zero[:, position // size] = own[:, 0]
 
-    if dynamic_groups:
-        size = quantizer.group_size or weight.shape[1]
-        block = size * max(block // size, 1)
-        sweep(alive, inverse, quantize_column, begin_group=begin_group, group_size=size, block=block)
-    else:
-        sweep(alive, inverse, quantize_column, block=block)
+    block = size * max(block // size, 1)
+    sweep(alive, inverse, quantize_column, begin_group=begin_group, group_size=size, block=block)
     codes = codes.t().contiguous()
     grid = quantizer.grid
     made = QTensor(codes, scale, grid) if zero is None else ZeroTensor(codes, scale, grid, zero)

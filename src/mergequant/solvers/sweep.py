@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import NumericsError, UsageError
+from mergequant.solvers.columns import ColumnQuantizer, block_kernel
 
 __all__ = ["InverseFactor", "invert_hessian", "sweep"]
 
-ColumnQuantizer = Callable[[int, Tensor], Tensor]
 GroupHook = Callable[[int, Tensor], None]
 
 DAMPING_GROWTH = 3.0
@@ -91,7 +91,7 @@ def sweep(
         weight: float (rows, width); not modified.
         inverse: result of `invert_hessian`.
         quantize_column: called with the original column number and its compensated values (rows,); returns the values
-            that the stored codes stand for.
+            that the stored codes stand for. Of `GridColumns` a GPU takes a block at once.
         begin_group: called at every `group_size`-th position with the position and the compensated columns of the
             group (rows, group_size): a hook for grids that follow the compensated weights.
         group_size: positions per group for `begin_group`; it must divide `block`.
@@ -112,9 +112,18 @@ def sweep(
     loss = torch.zeros(rows, device=weight.device)
     factor = inverse.factor
     numbers = inverse.order.tolist()
+    at_once = block_kernel(quantize_column, columns, block) if begin_group is None else None
     for start in range(0, width, block):
         stop = min(start + block, width)
         piece, local = columns[start:stop], factor[start:stop, start:stop]
+        if at_once is not None:
+            result[start:stop], errors = at_once(
+                numbers[start:stop], piece, -local.t(), pivots=torch.diagonal(local).contiguous()
+            )
+            loss += errors.square().sum(0) / 2
+            if stop < width:
+                columns[stop:] -= factor[start:stop, stop:].t() @ errors
+            continue
         errors = torch.empty_like(piece)
         pivots = torch.diagonal(local).tolist()
         for i in range(stop - start):
