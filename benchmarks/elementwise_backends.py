@@ -1,4 +1,4 @@
-"""Norms and quantizers: the CUDA sources against Triton's kernels, in turns.
+"""Norms, quantizers and rotations: the CUDA sources against Triton's kernels, in turns.
 
     python benchmarks/elementwise_backends.py [--json OUT]
 
@@ -22,8 +22,9 @@ from mergequant.ops.backends import use_backend
 from mergequant.ops.overlap import overlapping
 
 CHANNELS, FFN = 4096, 11008
-TOKENS = (1, 16, 128, 2048)
-CALLS, PASSES = 64, 3
+GATHERED = 4416  # codes of 4096 channels, as split channels and padding make them
+TOKENS = (1, 16, 128, 2048, 16384)
+CALLS, PASSES = 32, 3
 BACKENDS = ("triton", "cuda")
 
 
@@ -33,12 +34,24 @@ def cases(tokens: int) -> dict[str, tuple[Callable[[], object], int]]:
     x = torch.randn(tokens, CHANNELS, device=device, dtype=torch.bfloat16)
     residual, wide = torch.randn_like(x), torch.randn(tokens, FFN, device=device, dtype=torch.bfloat16)
     gain, step = torch.rand(CHANNELS, device=device) * 30, torch.full((1,), 20.0, device=device)
-    row, ffn = tokens * CHANNELS, tokens * FFN
+    row, ffn, taken = tokens * CHANNELS, tokens * FFN, tokens * GATHERED
+    pairs = torch.randn(tokens, 2 * FFN, device=device, dtype=torch.bfloat16)
+    extra = torch.randint(0, CHANNELS, (GATHERED - CHANNELS,), device=device, dtype=torch.int32)
+    index = torch.sort(torch.cat((torch.arange(CHANNELS, device=device, dtype=torch.int32), extra)))[0]
+    gains = gain[index.long()]
     return {
         "rmsnorm_quant": (lambda: ops.rmsnorm_quant(x, gain, None, None, 1e-5, 8), 3 * row),
         "add_rmsnorm_quant": (lambda: ops.add_rmsnorm_quant(x, residual, gain, None, None, 1e-5, 8), 7 * row),
+        "add_rmsnorm_quant, gathered": (
+            lambda: ops.add_rmsnorm_quant(x, residual, gains, index, None, 1e-5, 8),
+            6 * row + taken,
+        ),
         "static_quant": (lambda: ops.static_quant(wide, step, None, None, 8), 3 * ffn),
         "dynamic_quant": (lambda: ops.dynamic_quant(wide, 0.9, 8), 3 * ffn),
+        "hadamard_quant of 4096": (lambda: ops.hadamard_quant(x, step, None, None, 8), 3 * row),
+        "hadamard_quant": (lambda: ops.hadamard_quant(wide, step, None, None, 8), 3 * ffn),
+        "hadamard_dynamic_quant": (lambda: ops.hadamard_dynamic_quant(wide, 0.9, 8), 3 * ffn),
+        "silu_mul, hadamard_quant": (lambda: ops.silu_mul_hadamard_quant(pairs, step, None, None, 8), 5 * ffn),
     }
 
 
@@ -73,7 +86,7 @@ def main() -> None:
                     }
                 )
             line = ", ".join(f"{row['backend']} {row['us']:.2f} us" for row in rows[-len(BACKENDS) :])
-            print(f"{name:18s} {tokens:5d} tokens: {line}, cuda {rows[-1]['vs_triton']:.2f}x", flush=True)
+            print(f"{name:28s} {tokens:5d} tokens: {line}, cuda {rows[-1]['vs_triton']:.2f}x", flush=True)
     ratios = [row["vs_triton"] for row in rows if row["backend"] == "cuda"]
     print(f"median {statistics.median(ratios):.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x")
     if arguments.json:

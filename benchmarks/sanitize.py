@@ -13,6 +13,7 @@ from mergequant import ops
 from mergequant.ops.backends import use_backend
 from mergequant.ops.kv_append import kv_append
 from mergequant.ops.kv_attention import kv_attention
+from mergequant.ops.kv_pages import kv_page_attention, kv_store
 from mergequant.ops.overlap import overlapping
 from mergequant.ops.tiles import tile_weight
 
@@ -55,6 +56,24 @@ def caches() -> None:
                                  bits, capacity, None, None, None, 0)  # fmt: skip
 
 
+def pages() -> None:
+    """Storing runs and scattered tokens, few and many, and attention over rows of pages; a stored first token."""
+    heads, key_heads, page, most = 8, 2, 64, 12
+    for width in (64, 128):
+        for bits in (4, 8):
+            cache = torch.zeros(2 * most, 2, key_heads, page, width * bits // 8, dtype=torch.uint8, device=DEVICE)
+            scales = torch.full((2, key_heads, width), 0.05, device=DEVICE)
+            first = torch.randn(2, key_heads, 1, width, device=DEVICE, dtype=torch.bfloat16)
+            for tokens in (1, 7, 600):
+                key, value = torch.randn(2, tokens, key_heads, width, device=DEVICE, dtype=torch.bfloat16)
+                for slots in (torch.arange(5, 5 + tokens), torch.randperm(2 * most * page)[:tokens] - 3):
+                    kv_store(key, value, slots.to(DEVICE), cache, *scales, bits, *first)
+            table = torch.randperm(2 * most, device=DEVICE).view(2, most).int()
+            q, out = torch.randn(2, 2, heads, width, device=DEVICE, dtype=torch.bfloat16)
+            lengths = torch.tensor([0, most * page - 1], dtype=torch.int32, device=DEVICE)
+            kv_page_attention(q, cache, table, lengths, *scales, 0.1, bits, most * page, out, *first)
+
+
 def rows() -> None:
     """Norms, quantizers and gates, over widths that fill no vector, through the CUDA sources."""
     with use_backend("cuda"):
@@ -71,7 +90,7 @@ def rows() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for part in (products, caches, rows):
+    for part in (products, caches, pages, rows):
         part()
     torch.cuda.synchronize()
     print("all kernels ran")

@@ -12,7 +12,7 @@ KERNELS = (
     *("static_quant", "rmsnorm_quant", "layernorm_quant", "add_rmsnorm_quant", "silu_mul_quant"),
     *("dynamic_quant", "silu_mul_dynamic_quant"),
 )
-DYNAMIC = ("dynamic_quant", "silu_mul_dynamic_quant", "hadamard_dynamic_quant")
+DYNAMIC = ("dynamic_quant", "silu_mul_dynamic_quant", "hadamard_dynamic_quant", "silu_mul_hadamard_dynamic_quant")
 CLIP = 0.9
 
 
@@ -74,6 +74,10 @@ def run(name: str, case: Case) -> tuple[Tensor, ...]:
         return (ops.silu_mul_quant(case.gate_up, *vectors, case.bits),)
     if name == "hadamard_quant":
         return (ops.hadamard_quant(case.x, *vectors, case.bits),)
+    if name == "silu_mul_hadamard_quant":
+        return (ops.silu_mul_hadamard_quant(case.gate_up, *vectors, case.bits),)
+    if name == "silu_mul_hadamard_dynamic_quant":
+        return ops.silu_mul_hadamard_dynamic_quant(case.gate_up, CLIP, case.bits)
     if name == "dynamic_quant":
         return ops.dynamic_quant(case.x, CLIP, case.bits, case.packed)
     if name == "silu_mul_dynamic_quant":
@@ -94,6 +98,7 @@ def unrounded(name: str, case: Case) -> Tensor:
         gate, up = case.gate_up.double().chunk(2, -1)
         x = gate * torch.sigmoid(gate) * up
     if "hadamard" in name:
+        x = x.to(case.x.dtype).double() if "silu" in name else x
         turn = ops.rotation(x.shape[-1])
         left, right = turn.left.to(x), turn.right.to(x)
         x = (left.t() @ (x.reshape(-1, len(left), len(right)) @ right)).reshape(x.shape)

@@ -122,3 +122,65 @@ def plain_attention(case: Case, arguments: dict[str, Any]) -> Tensor:
                 score = keys @ arguments["q"][row, head].double() * arguments["softmax_scale"]
                 out[row, head] = torch.softmax(score, 0) @ values
     return out.flatten(1)
+
+
+class Paged:
+    """A case's caches in pages: rows own random pages, and a few pages belong to none.
+
+    Attributes:
+        pages: uint8 (pages, 2, key_heads, page, bytes), random codes.
+        table: int32 (batch, pages of a row); what lies behind a row is not looked at.
+    """
+
+    def __init__(self, case: Case, page: int) -> None:
+        self.case, self.page = case, page
+        each = -(-case.capacity // page)
+        count = case.batch * each + 2
+        order = torch.randperm(count, generator=case.generator)[: count - 2]
+        self.table = order.view(case.batch, each).to(case.device, torch.int32)
+        halves = Case(count, 1, case.key_heads, case.width, case.bits, page, case.dtype, case.device, case.seed)
+        self.pages = torch.stack(halves.random_cache(), 1)
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Put contiguous caches (batch, key_heads, capacity, bytes) into the rows' pages."""
+        for part, cache in enumerate((keys, values)):
+            cut = cache.unflatten(2, (-1, self.page)).transpose(1, 2)
+            self.pages[self.table.flatten().long(), part] = cut.flatten(0, 1)
+
+    def rows(self, part: int) -> Tensor:
+        """Keys (0) or values (1) of the rows as contiguous caches."""
+        return self.pages[self.table.long()][:, :, part].transpose(1, 2).flatten(2, 3)
+
+    def slots(self, tokens: Tensor) -> Tensor:
+        """Slots of tokens (batch, n), counted from each row's first."""
+        numbers = self.table.long().gather(1, tokens // self.page)
+        return numbers * self.page + tokens % self.page
+
+    def mark(self, rows: tuple[int, ...]) -> None:
+        """Mark the first pages of these rows, and of no others."""
+        mask = 2**self.case.bits - 1
+        for row, number in enumerate(self.table[:, 0].tolist()):
+            first = self.pages[number, 0, :, 0, 0]
+            first &= 255 - mask
+            first |= kv_layout.mark_code(self.case.bits) & mask if row in rows else 1
+
+    def attention_arguments(self, contiguous: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `kv_page_attention`, without `out`, for those of `kv_attention`, whose caches fill the pages."""
+        given = {name: value for name, value in contiguous.items() if name not in ("key_cache", "value_cache")}
+        self.fill(contiguous["key_cache"], contiguous["value_cache"])
+        return given | {"pages": self.pages, "table": self.table}
+
+    def read_arguments(self, past: tuple[int, ...], fresh: tuple[int, ...], prefix: bool) -> dict[str, Any]:
+        """Arguments of `kv_page_read` for rows of so many old and fresh tokens."""
+        case, heads = self.case, (self.case.key_heads, self.case.width)
+        sizes = [old + new for old, new in zip(past, fresh)]
+        starts, fresh_starts = (torch.tensor([0, *x]).cumsum(0).int().to(case.device) for x in (sizes, fresh))
+        given: dict[str, Any] = {"pages": self.pages, "table": self.table, "starts": starts}
+        given |= {"fresh_starts": fresh_starts, "key_scale": case.key_scale, "value_scale": case.value_scale}
+        given |= {"bits": case.bits, "most": max(sizes)}
+        for name in ("key", "value"):
+            given[name] = case.normal(sum(fresh), *heads)
+            given[f"out_{name}"] = case.normal(sum(sizes) + 3, *heads)
+            if prefix:
+                given[f"prefix_{name}"] = case.normal(case.key_heads, 1, case.width)
+        return given

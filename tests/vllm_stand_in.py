@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from mergequant.checkpoint import Checkpoint, Quantization
-from mergequant.integrations.vllm.install import SERVED, install
+from mergequant.integrations.vllm.install import SERVED, OwnCache, install
+from mergequant.integrations.vllm.pages import LayerPages, Step
 from mergequant.integrations.vllm.placement import Placement
 from mergequant.integrations.vllm.served import ServedLinear
 from mergequant.integrations.vllm.shards import Share
 from mergequant.integrations.vllm.sink import Sink
 
+PAGE = 64  # tokens
+PAGES = 12  # of a stand-in's cache
+LONGEST = 256  # tokens of a sequence
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -128,6 +132,58 @@ class Core(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(count, -1)
 
 
+class Pages:
+    """What an engine keeps for attention in pages: layers' pages, made at their first use, and the step at hand."""
+
+    step: Step
+
+    def __init__(self, count: int) -> None:
+        self.count, self.layers = count, dict[int, Tensor]()
+
+    def of(self, pages: LayerPages) -> Tensor:
+        heads, width = pages.scales[0].shape
+        shape = (self.count, 2, heads, PAGE, width * pages.bits // 8)
+        return self.layers.setdefault(pages.layer, torch.zeros(shape, dtype=torch.uint8))
+
+
+class PagedCore(nn.Module):
+    """Attention on pages."""
+
+    def __init__(self, core: Core, pages: LayerPages, own: Pages) -> None:
+        super().__init__()
+        self.core, self.pages, self.own = core, pages, own
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.pages.finish(torch.float32)  # a real engine does it once, when all is loaded
+        q, k, v = (x.unflatten(-1, (-1, self.core.width)) for x in (query, key, value))
+        out = torch.full_like(q, float("nan"))
+        self.pages.attend(q, k, v, self.own.of(self.pages), self.own.step, out, self.core.width**-0.5, plain_flash)
+        return out.flatten(1)
+
+
+def plain_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    most: int,
+    longest: int,
+    scale: float,
+) -> None:
+    """Causal attention of rows that stand one behind the other, for the calling convention of FlashAttention."""
+    for row in range(queries.shape[0] - 1):
+        own, all_keys = (slice(*starts[row : row + 2].tolist()) for starts in (queries, keys))
+        q, k, v = query[own], key[all_keys], value[all_keys]
+        assert q.shape[0] <= most
+        assert k.shape[0] <= longest
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        hidden = torch.ones(q.shape[0], k.shape[0]).tril(k.shape[0] - q.shape[0]) == 0
+        score = torch.einsum("qhd,khd->hqk", q, k) * scale
+        out[own] = torch.einsum("hqk,khd->qhd", score.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
 class Attention(nn.Module):
     def __init__(self, model: "StandIn", name: str) -> None:
         super().__init__()
@@ -140,6 +196,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(model, f"{name}.qkv_proj", sizes, config.hidden_size, copies)
         self.o_proj = Linear(model, f"{name}.o_proj", [config.hidden_size], sizes[0])
         self.rotary_emb = Rotary(width, config.rope_parameters["rope_theta"])
+        self.num_heads, self.head_dim = heads, width
         self.attn = Core(heads, self.num_kv_heads, width)
         self.sizes = [heads * width, self.num_kv_heads * width, self.num_kv_heads * width]
 
@@ -193,7 +250,7 @@ class StandIn(nn.Module):
     placement: Placement
     sink: Sink | None
 
-    def __init__(self, config: Any, quantization: Quantization, share: Share, group: Group) -> None:
+    def __init__(self, config: Any, quantization: Quantization, share: Share, group: Group, bits: int = 16) -> None:
         super().__init__()
         self.config, self.quantization, self.share, self.group = config, quantization, share, group
         self.model = nn.Module()
@@ -203,7 +260,9 @@ class StandIn(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.placement, self.sink = install(self, quantization, share, 512)
+        self.pages = Pages(PAGES)
+        cache = OwnCache(bits, torch.float32, LONGEST, lambda core, pages: PagedCore(core, pages, self.pages))
+        self.placement, self.sink = install(self, quantization, share, 512, cache if bits < 16 else None)
         self.requires_grad_(False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -215,9 +274,9 @@ class StandIn(nn.Module):
             if isinstance(module, ServedLinear):
                 module.finish()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Token ids (tokens,) to logits (tokens, vocabulary)."""
-        positions, residual = torch.arange(ids.shape[0]), None
+        positions, residual = torch.arange(ids.shape[0]) if positions is None else positions, None
         rows = None if self.sink is None else self.sink.find(ids, positions)
         if self.sink is not None:
             positions = self.sink.mark(rows, positions)
@@ -228,22 +287,22 @@ class StandIn(nn.Module):
         return self.lm_head(hidden if self.sink is None else self.sink.put(rows, hidden))
 
 
-def stand_ins(checkpoint: Checkpoint, config: Any, size: int) -> tuple[Group, list[StandIn]]:
-    """The loaded models of a group."""
+def stand_ins(checkpoint: Checkpoint, config: Any, size: int, bits: int = 16) -> tuple[Group, list[StandIn]]:
+    """The loaded models of a group; with fewer bits than 16 on this project's own pages."""
     group = Group(size)
-    models = [StandIn(config, checkpoint.quantization, Share(rank, size), group) for rank in range(size)]
+    models = [StandIn(config, checkpoint.quantization, Share(rank, size), group, bits) for rank in range(size)]
     for model in models:
         model.load_weights(checkpoint.tensors().items())
     return group, models
 
 
 @torch.no_grad()
-def logits(group: Group, models: list[StandIn], ids: Tensor) -> Tensor:
+def logits(group: Group, models: list[StandIn], ids: Tensor, positions: Tensor | None = None) -> Tensor:
     """Logits (tokens, vocabulary), which all ranks agree on."""
 
     def work(rank: int) -> Tensor:
         with torch.no_grad():
-            return models[rank](ids)
+            return models[rank](ids, positions)
 
     found = group.run(work)
     assert all(torch.equal(found[0], other) for other in found[1:])

@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--path", action="append", default=[], metavar="SCHEME=FOLDER", help="in PYTHONPATH, for this scheme alone"
     )
-    parser.add_argument("--kv", default="auto", choices=("auto", "fp8"), help="vLLM's cache")
+    parser.add_argument(
+        "--kv", default="auto", choices=("auto", "fp8"), help="vLLM's cache; schemes with one of ours keep it"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="each scheme is measured as often, in turns")
     parser.add_argument("--quick", action="store_true", help="no repetitions: to try the script")
     parser.add_argument("--minutes", type=float, default=9.0, help="for one scheme")
@@ -180,12 +182,13 @@ class Engine:
 
     def __init__(self, name: str, folder: Path, gpus: str, given: argparse.Namespace) -> None:
         kind = SCHEMES[name]
+        own_cache = isinstance(kind, Ours) and kind.kv < 16
         settings = {
-            "arguments": {} if isinstance(kind, Ours) else kind.arguments,
+            "arguments": kind.arguments,
             "quick": given.quick,
             "tensor_parallel": given.tensor_parallel,
             "together": given.together,
-            "kv": given.kv,
+            "kv": "auto" if own_cache else given.kv,
         }
         self.gpus, self.limit, self.started = gpus, 60 * given.minutes, time.time()
         self.out, self.log = given.folders / f"{name}.json", given.folders / f"{name}.log"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mergequant import ops
-from mergequant.checkpoint import Quantization, open_checkpoint
+from mergequant.checkpoint import KV_MODULE, Quantization, open_checkpoint
 from mergequant.checkpoint.tensorfile import write_tensors
 from mergequant.grids import pack_codes
-from mergequant.nn import InputSpec, LinearSpec, NormSpec
+from mergequant.nn import InputSpec, KVScales, KVSpec, LinearSpec, NormSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -67,6 +67,7 @@ SPREAD = 0.02  # standard deviation of a weight
 CODE_SPREAD = {4: 2.6, 8: 60.0}  # of codes, in steps
 EXTRA = 0.05  # share of slots that split channels add, as in the default recipe
 TILE = 64
+KV_RANGE = 4.0  # of keys and values: about three standard deviations behind such weights
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,17 @@ class Rival:
 
 @dataclass(frozen=True)
 class Ours:
-    """A scheme of ours: bits of norm outputs, and how the inputs of o_proj and down_proj are quantized."""
+    """A scheme of ours: bits of norm outputs, how inputs of o_proj and down_proj are quantized, bits of the cache."""
 
     bits: int
     other: str = "static"  # rotated, one step for the tensor; or "dynamic": a scale per token
+    kv: int = 16  # vLLM's own cache; or 8 or 4
     kernel: str = "mergequant"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Further arguments of the engine."""
+        return {"additional_config": {"kv_bits": self.kv}} if self.kv < 16 else {}
 
 
 def _side(bits: int, kind: str, strategy: str, *, dynamic: bool = False, group: int | None = None) -> dict[str, Any]:
@@ -137,6 +144,8 @@ SCHEMES: dict[str, Rival | Ours] = {
     "ours-w4a8-dynamic": Ours(8, "dynamic"),
     "ours-w4a4": Ours(4),
     "ours-w4a4-dynamic": Ours(4, "dynamic"),
+    "ours-w4a4-kv8": Ours(4, kv=8),
+    "ours-w4a4-kv4": Ours(4, kv=4),
 }
 
 
@@ -213,7 +222,9 @@ def describe(config: dict[str, Any], kind: Ours) -> Quantization:
         for number in range(config["num_hidden_layers"])
         for name, spec in block.items()
     }
-    return Quantization({"name": "random", "steps": []}, layers, {}, {})
+    heads = config["num_key_value_heads"]
+    kv = KVSpec(config["num_hidden_layers"], heads, head, head) if kind.kv < 16 else None
+    return Quantization({"name": "random", "steps": []}, layers, {}, {}, kv=kv)
 
 
 def random_codes(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:
@@ -235,6 +246,10 @@ def _tensors(config: dict[str, Any], quantization: Quantization, device: str) ->
             yield blocks.popitem()[1]
         blocks.setdefault(block, {}).update({f"{name}.{key}": value.cpu() for key, value in own.items()})
     yield blocks.popitem()[1]
+    if quantization.kv is not None:
+        steps = KVScales(quantization.kv).state_dict()
+        limits = {name: (1 << (int(name[-1]) - 1)) - 1 for name in steps}
+        yield {f"model.{KV_MODULE}.{name}": step * (KV_RANGE / limits[name]) for name, step in steps.items()}
     big = torch.randn(2, vocabulary, hidden, device=device, generator=generator).mul_(SPREAD).to(torch.bfloat16).cpu()
     yield {
         "model.embed_tokens.weight": big[0],

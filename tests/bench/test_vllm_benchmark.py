@@ -35,7 +35,7 @@ def modules() -> tuple[ModuleType, ModuleType]:
         return importlib.import_module("schemes"), importlib.import_module("run")
 
 
-@pytest.mark.parametrize("scheme", ["ours-w4a8", "ours-w4a4-dynamic"])
+@pytest.mark.parametrize("scheme", ["ours-w4a8", "ours-w4a4-dynamic", "ours-w4a4-kv4"])
 def test_folder_of_ours_is_a_whole_checkpoint_of_sane_numbers(
     scheme: str, modules: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,7 +47,9 @@ def test_folder_of_ours_is_a_whole_checkpoint_of_sane_numbers(
     shard.unlink()
     assert schemes.write_folder("small", scheme, tmp_path) == folder
     assert shard.is_file()
-    specs = open_checkpoint(folder).quantization.layers
+    described = open_checkpoint(folder).quantization
+    specs = described.layers
+    assert (described.kv is not None) == bool(schemes.SCHEMES[scheme].arguments) == scheme.endswith("kv4")
     assert {spec.weight_bits for spec in specs.values() if isinstance(spec, LinearSpec)} == {4}
     assert specs["model.layers.0.input_layernorm"].width == 192
     with torch.no_grad():

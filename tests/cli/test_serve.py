@@ -36,6 +36,24 @@ def test_serve_when_all_is_there_starts_vllm_with_options(run: Any, checkpoint: 
         assert words in result.stdout
 
 
+def test_serve_when_a_quantized_cache_is_asked_for_passes_it_on(
+    run: Any, checkpoint: Path, machine: list[list[str]]
+) -> None:
+    result = run("serve", "--kv", "4", checkpoint, "--port", "9000")
+    assert result.exit_code == 0, result.output
+    assert machine[0][3:] == ["--port", "9000", "--additional-config", '{"kv_bits": 4}']
+    assert "cache: keys and values of 4 bits" in result.stdout
+    assert "in 4 bits, less" in result.stdout
+    assert "kernel kv_page_attention: cuda" in result.stdout
+    assert "cache: vLLM's own (--kv-cache-dtype fp8)" in run("serve", checkpoint, "--kv-cache-dtype", "fp8").stdout
+    for options, words in (
+        (["--kv-cache-dtype", "fp8", "--additional-config", '{"kv_bits": 8}'], "two caches"),
+        (["--additional-config", "kv_bits"], "no JSON"),
+    ):
+        assert words in run("serve", checkpoint, *options).stderr
+    assert "into the latter" in run("serve", "--kv", "8", checkpoint, "--additional-config", "{}").stderr
+
+
 def test_serve_when_dry_run_starts_nothing(run: Any, checkpoint: Path, machine: list[list[str]]) -> None:
     assert run("serve", "--dry-run", checkpoint).exit_code == 0
     assert machine == []

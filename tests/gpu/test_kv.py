@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kv_cases import Case, decoded
+from kv_cases import Case, Paged, decoded
 from mergequant.ops import kv_layout
 from mergequant.ops.backends import reason_against, use_backend
 from mergequant.ops.kv_append import kv_append
 from mergequant.ops.kv_attention import kv_attention, kv_read
+from mergequant.ops.kv_pages import kv_page_attention, kv_page_read, kv_store
 from mergequant.ops.overlap import overlapping
 
 pytestmark = [
@@ -35,7 +36,7 @@ def _compiled() -> None:
     """Compile the variants of the CUDA kernels side by side."""
     if not torch.cuda.is_available() or without("cuda"):
         return
-    from mergequant.ops.cuda import kv, launch
+    from mergequant.ops.cuda import kv, kv_pages, launch
 
     units = []
     for width in (64, 128):
@@ -48,6 +49,11 @@ def _compiled() -> None:
                     }:
                         unit = kv.attention_unit(width, group, bits, torch.bfloat16, prefix, warps, resident)
                         units.append((unit, kv.ATTENTION))
+                    for warps in kv.WARP_CHOICES:
+                        own = (width, group, bits, torch.bfloat16, prefix, warps, kv.FEW_WARPS, True)
+                        units.append((kv.attention_unit(*own), kv.ATTENTION))
+            for stored, tokens in product((False, True), (kv_pages.FEW_TOKENS, kv_pages.MANY_TOKENS)):
+                units.append((kv_pages.store_unit(width, bits, torch.bfloat16, stored, tokens), kv_pages.STORE))
     launch.prepare(units, torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -332,3 +338,150 @@ def test_decode_steps_when_captured_with_overlap_expect_the_results_without(bits
             assert torch.equal(got, want), worst(f"step {step}", got, want)
         for got, want in zip(captured, plain_cache):
             assert torch.equal(got, want), worst("cache", got, want)
+
+
+def paged_case(own: Case, context: int, page: int, prefix: int) -> tuple[Paged, dict[str, Any], dict[str, Any]]:
+    """A case in pages, and the arguments of attention over these and over contiguous rows of the same codes."""
+    arguments = own.attention_arguments(ragged(own, context), prefix)
+    paged = Paged(own, page)
+    pages = paged.attention_arguments(arguments)
+    paged.mark(tuple(range(own.batch)) if prefix else ())
+    arguments |= {"key_cache": paged.rows(0).contiguous(), "value_cache": paged.rows(1).contiguous()}
+    return paged, pages | {"out": torch.full_like(arguments["q"], math.nan)}, arguments
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("page", [64, 192])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (8, 1), (32, 8)], ids=str)
+def test_page_attention_expect_the_bits_of_contiguous_attention(
+    heads: tuple[int, int], width: int, bits: int, page: int, prefix: int
+) -> None:
+    needs("cuda")
+    failures = []
+    for context, batch in ((1, 1), (33, 3), (77, 16), (1000, 3), (2048, 1), (700, 40)):
+        capacity = -(-context // 192) * 192
+        own = Case(batch, *heads, width, bits, capacity, torch.bfloat16, "cuda", context)
+        _, pages, arguments = paged_case(own, context, page, prefix)
+        wide = torch.cat((pages["q"], pages["q"]), 1)  # rows with something between them
+        kv_page_attention(**(pages | {"q": wide[:, : heads[0]]}))
+        want = kv_attention(**arguments)
+        if not torch.equal(pages["out"].flatten(1), want):
+            failures.append(worst(f"context {context}, batch {batch}", pages["out"].flatten(1), want))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_page_attention_when_some_rows_begin_with_the_stored_token_expect_the_reference(
+    backend: str, bits: int
+) -> None:
+    needs(backend)
+    own = Case(6, 8, 2, 128, bits, 512, torch.bfloat16, "cuda")
+    paged, pages, _ = paged_case(own, 500, 64, 1)
+    paged.mark((0, 3, 4))
+    want = torch.empty_like(pages["out"])
+    with use_backend("torch"):
+        kv_page_attention(**(pages | {"out": want}))
+    with use_backend(backend):
+        kv_page_attention(**pages)
+    assert relative(pages["out"], want) < TOLERANCE, worst("rows", pages["out"], want)
+    assert not bool((pages["out"][5] != 0).any())  # a row without tokens
+
+
+def store_case(own: Case, paged: Paged, slots: Tensor, stored: bool) -> dict[str, Any]:
+    """Arguments of `kv_store` as an engine has them: query, key and value of a token side by side."""
+    wide = own.normal(slots.shape[0], 4 * own.key_heads, own.width) * 2
+    given: dict[str, Any] = {"key": wide[:, : own.key_heads], "value": wide[:, -own.key_heads :], "slots": slots}
+    given |= {"pages": paged.pages, "key_scale": own.key_scale, "value_scale": own.value_scale, "bits": own.bits}
+    if stored:
+        given |= {f"prefix_{name}": own.normal(own.key_heads, 1, own.width) for name in ("key", "value")}
+        first = slots % paged.page == 0
+        given["key"][first] = given["prefix_key"][:, 0]
+        given["key"][1::3, 0] += 1  # some of them are not the stored token, in one head
+    return given
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("key_heads", [1, 8])
+def test_store_expect_the_reference_pages(key_heads: int, width: int, bits: int, stored: bool) -> None:
+    needs("cuda")
+    own = Case(4, key_heads, key_heads, width, bits, 1024, torch.bfloat16, "cuda")
+    paged = Paged(own, 64)
+    total = paged.pages.shape[0] * 64
+    scattered = [torch.randperm(total, generator=own.generator)[:count].cuda() for count in (1, 3, 64, 700)]
+    scattered[3][::7] = -1
+    runs = [torch.arange(a, b, device="cuda").repeat(4, 1) for a, b in ((0, 512), (5, 1000), (31, 47), (8, 290))]
+    failures = []
+    for slots in [*scattered, *(paged.slots(tokens).flatten() for tokens in runs)]:
+        given = store_case(own, paged, slots, stored)
+        wanted = given | {name: given[name].clone() for name in ("pages", "value")}
+        with use_backend("torch"):
+            kv_store(**wanted)
+        kv_store(**given)
+        for name in ("pages", "value"):
+            if not torch.equal(given[name], wanted[name]):
+                failures.append(worst(f"{name}, {slots.shape[0]} tokens", given[name], wanted[name]))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 128])
+def test_page_read_expect_the_reference(width: int, bits: int, prefix: bool) -> None:
+    own = Case(3, 4, 2, width, bits, 512, torch.bfloat16, "cuda")
+    paged = Paged(own, 64)
+    paged.mark((0, 1))
+    given = paged.read_arguments(past=(500, 64, 0), fresh=(3, 200, 5), prefix=prefix)
+    wanted = given | {name: given[name].clone() for name in ("out_key", "out_value")}
+    with use_backend("torch"):
+        kv_page_read(**wanted)
+    with use_backend("triton"):
+        kv_page_read(**given)
+    for name in ("out_key", "out_value"):
+        assert torch.equal(given[name], wanted[name]), worst(name, given[name], wanted[name])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_page_ops_when_captured_expect_what_they_give_one_by_one(bits: int) -> None:
+    """One graph, replayed for other tables, lengths, slots and tokens, padded rows among them."""
+    rows, most = 5, 1024
+    own = Case(rows, 8, 2, 128, bits, most, torch.bfloat16, "cuda")
+    paged, pages, _ = paged_case(own, 900, 64, 1)
+    static = {name: pages[name] for name in ("q", "table", "lengths", "out")}
+    store = store_case(own, paged, paged.slots(torch.zeros(rows, 1, dtype=torch.int64, device="cuda")).flatten(), True)
+    pages |= {name: store[name] for name in ("prefix_key", "prefix_value")} | {"most": most}
+
+    def run() -> None:
+        kv_store(**store)
+        kv_page_attention(**pages)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for length in (1, 64, 65, 700):
+        lengths = torch.tensor([length, 1, 900, 333, 0], dtype=torch.int32, device="cuda")
+        order = torch.randperm(paged.pages.shape[0], generator=own.generator)[: static["table"].numel()]
+        static["table"].copy_(order.view_as(static["table"]))
+        static["lengths"].copy_(lengths)
+        paged.table = static["table"]
+        slots = paged.slots((lengths.long() - 1).clamp(min=0)[:, None]).flatten()
+        store["slots"].copy_(torch.where(lengths > 0, slots, -1))
+        for name in ("key", "value"):
+            store[name].copy_(own.normal(*store[name].shape))
+        static["q"].copy_(own.normal(*static["q"].shape))
+        before = paged.pages.clone()
+        graph.replay()
+        got, after = static["out"].clone(), paged.pages.clone()
+        paged.pages.copy_(before)
+        run()
+        assert torch.equal(got, static["out"]), worst(f"length {length}", got, static["out"])
+        assert torch.equal(after, paged.pages), worst(f"pages, length {length}", after, paged.pages)

@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import mergequant
 from mergequant.assets import TINY
+from mergequant.integrations.transformers.extract import extract
+from mergequant.ops.backends import use_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +36,9 @@ pytestmark = [
 
 RECIPES = ("mergequant", "mergequant-plus", "mergequant-w4a8", "rtn", "gptq")
 EXACT = ("mergequant-w4a8", "gptq")  # inputs of 8 bits or more: hardly any code turns over
+CACHED = ("mergequant-plus", "mergequant-w4a8")  # served with caches of 8 and 4 bits, too; both have a stored token
 LENGTH = 48
+PAD = 5  # any token
 START_SECONDS = 240  # in which several GPUs load and answer, or the test fails
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -126,22 +130,24 @@ def sampling(length: int, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, the engine's tokens behind it, and the logarithm of the probability it gives to each but the first."""
+    """A prompt, the engine's tokens behind it, the logarithm of the probability it gives to each but the first, and how
+    many tokens of the prompt it had stored before."""
 
     prompt: list[int]
     tokens: list[int]
     likely: list[float]
+    known: int = 0
 
 
-def ask(engine: Any, texts: list[list[int]], length: int = LENGTH) -> list[Answer]:
-    """The most likely tokens."""
-    options = sampling(length, logprobs=0, prompt_logprobs=0)
+def ask(engine: Any, texts: list[list[int]], length: int = LENGTH, prompts: bool = True) -> list[Answer]:
+    """The most likely tokens. Without probabilities of the `prompts` an engine may use what it has stored of them."""
+    options = sampling(length, logprobs=0, **({"prompt_logprobs": 0} if prompts else {}))
     answers = []
     for output in engine.generate([{"prompt_token_ids": text} for text in texts], options, use_tqdm=False):
         prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
-        places = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        likely = [place[token].logprob for place, token in zip(places, [*prompt[1:], *tokens])]
-        answers.append(Answer(prompt, tokens, likely))
+        places = [*(output.prompt_logprobs[1:] if prompts else ()), *output.outputs[0].logprobs]
+        likely = [place[token].logprob for place, token in zip(places, [*(prompt[1:] if prompts else ()), *tokens])]
+        answers.append(Answer(prompt, tokens, likely, output.num_cached_tokens or 0))
     return answers
 
 
@@ -163,6 +169,42 @@ class Distance:
 
     def __str__(self) -> str:
         return f"share {self.share:.3f}, gap {self.gap:.4f}, likely {self.likely:.4f}, loss {self.loss:+.4f}"
+
+
+def forced(folder: Path, dtype: torch.dtype, bits: int, answers: Sequence[Answer]) -> Tensor:
+    """Logits (answers, tokens, vocabulary) of the project's own loop where the engine chose: the whole prompt, then token
+    by token through a cache of `bits` bits. In float32 by the references."""
+    decoder = extract(mergequant.load(folder, dtype=dtype, device="cuda", serve=False), bits)
+    skipped = 0 if decoder.prefix is None else 1  # the stored token stands for BOS
+    prompts = [answer.prompt[skipped:] for answer in answers]
+    counts = torch.tensor([len(prompt) for prompt in prompts], device="cuda")
+    padded = torch.tensor([prompt + [PAD] * (int(counts.max()) - len(prompt)) for prompt in prompts], device="cuda")
+    tokens = torch.tensor([answer.tokens for answer in answers], device="cuda")
+    cache = decoder.new_cache(len(answers), padded.shape[1] + tokens.shape[1] + skipped)
+    with use_backend("torch") if dtype == torch.float32 else nullcontext():
+        steps = [decoder.prefill(padded, cache, counts)]
+        steps += [decoder.step(tokens[:, number], cache) for number in range(tokens.shape[1] - 1)]
+    return torch.stack(steps, 1).float()
+
+
+def compare_caches(name: str, folder: Path, bits: int, answers: Sequence[Answer], strict: bool) -> None:
+    """As `compare`, for an engine with a cache of ours: against the loop with the same cache."""
+    answers = [answer for answer in answers if len(answer.prompt) > 1]  # of BOS alone the loop has nothing to run
+    other, wanted = (forced(folder, dtype, bits, answers) for dtype in (torch.float32, torch.bfloat16))
+    tokens = torch.tensor([answer.tokens for answer in answers], device=wanted.device)
+    given = torch.tensor([answer.likely[-tokens.shape[1] :] for answer in answers], device=wanted.device)
+    likely, best = log_probabilities(wanted.flatten(0, 1), tokens.flatten()), wanted.max(-1)
+    found = []
+    for chosen, values in (
+        (tokens, given.flatten()),
+        (other.argmax(-1), log_probabilities(other.flatten(0, 1), tokens.flatten())),
+    ):
+        gap = (best.values - wanted.gather(-1, chosen[..., None])[..., 0]) / wanted.std(-1)
+        share = float((best.indices == chosen).float().mean())
+        found.append(Distance(share, float(gap.mean()), float((values - likely).abs().mean()), 0.0))
+    engine, floor = found
+    print(f"{name}: {engine}; equal models: {floor}")
+    assert not (wrong := faults(engine, floor, strict)), f"{name}: {', '.join(wrong)}"
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -272,6 +314,89 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_served(
     shard.write_bytes(shard.read_bytes()[:-64])
     with pytest.raises(Exception, match=r"fetch or write|truncated|size"):
         start(folder, enforce_eager=True)
+
+
+def attention_of(engine: Any) -> str:
+    return engine.apply_model(lambda model: type(model.model.layers[0].self_attn.attn).__name__)[0]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("recipe", CACHED)
+def test_own_caches_give_the_tokens_of_the_own_loop(
+    recipe: str, bits: int, eager: bool, checkpoint: Callable[[str], Path]
+) -> None:
+    if eager and (recipe, bits) != ("mergequant-plus", 4):
+        pytest.skip("graphs cover it; one case shows that they change nothing")
+    folder, texts = checkpoint(recipe), written(32)
+    engine = start(folder, enforce_eager=eager, additional_config={"kv_bits": bits})
+    try:
+        assert attention_of(engine) == "PagedAttention"
+        answers = ask(engine, texts)
+    finally:
+        stop(engine)
+    assert len({token for answer in answers for token in answer.tokens}) > 20
+    name = f"{recipe}, {bits} bits, {'eager' if eager else 'graphs'}"
+    compare_caches(name, folder, bits, answers, recipe in EXACT)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_own_caches_when_prompts_come_in_pieces_are_shared_and_thrown_out(
+    bits: int, checkpoint: Callable[[str], Path]
+) -> None:
+    """Chunked prefill, prefixes of several pages that requests share, and less room than the requests need."""
+    folder, long = checkpoint("mergequant-w4a8"), written(8, 160)
+    texts = [[*max(long, key=len)[:130], *text[1:20]] for text in long] + long
+    engine = start(
+        folder,
+        additional_config={"kv_bits": bits},
+        enable_prefix_caching=True,
+        max_num_batched_tokens=96,
+        max_num_seqs=12,
+        num_gpu_blocks_override=20,
+    )
+    try:
+        first, second = (ask(engine, texts, prompts=False) for _ in range(2))
+    finally:
+        stop(engine)
+    assert any(answer.known >= 128 for answer in second)
+    for name, answers in (("first", first), ("second", second)):
+        compare_caches(f"pieces, {bits} bits, {name}", folder, bits, answers, False)
+
+
+def test_own_caches_take_requests_of_all_lengths(checkpoint: Callable[[str], Path]) -> None:
+    engine = start(checkpoint("mergequant-w4a8"), max_num_seqs=64, additional_config={"kv_bits": 4})
+    try:
+        texts, chance = prompts(200, 200), random.Random(4)
+        lengths = [chance.randrange(1, 100) for _ in texts]
+        options = [sampling(length) for length in lengths]
+        found = engine.generate([{"prompt_token_ids": text} for text in texts], options, use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in found] == lengths
+    finally:
+        stop(engine)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_own_caches_on_two_gpus(bits: int, checkpoint: Callable[[str], Path]) -> None:
+    folder, texts = checkpoint("mergequant-plus"), written(32)
+    with limit(START_SECONDS):
+        options = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+        engine = start(folder, additional_config={"kv_bits": bits}, **options)
+        try:
+            answers = ask(engine, texts)
+        finally:
+            stop(engine)
+    compare_caches(f"mergequant-plus on two GPUs, {bits} bits", folder, bits, answers, False)
+
+
+def test_a_cache_that_cannot_be_served_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    for changes, words in (
+        ({"kv_cache_dtype": "fp8"}, "two caches"),
+        ({"block_size": 16}, "multiple of 64"),
+    ):
+        with pytest.raises(Exception, match=words):
+            start(checkpoint("rtn"), enforce_eager=True, additional_config={"kv_bits": 8}, **changes)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import pickle
 import re
 import tomllib
@@ -60,7 +61,7 @@ def test_two_files_alone_know_vllm_and_none_knows_what_makes_checkpoints() -> No
         rooms |= set(re.findall(r"^from mergequant\.(\w+)", text, re.MULTILINE))
         if re.search(r"^(?:from|import) vllm\b", text, re.MULTILINE):
             knows_vllm.add(file.name)
-    assert knows_vllm == {"config.py", "models.py"}
+    assert knows_vllm == {"attention.py", "config.py", "models.py"}
     assert rooms == {"checkpoint", "errors", "integrations", "nn", "ops"}
 
 
@@ -129,3 +130,28 @@ def test_a_worker_that_gets_the_config_knows_the_models(saved: Callable[..., Any
     assert "model.layers.0.mlp.down_proj" in pickle.loads(sent).quantization.layers
     for name in plugin.ARCHITECTURES:
         assert ModelRegistry.models[name].module_name == plugin.MODELS
+
+
+@needs_vllm
+@pytest.mark.filterwarnings("default")  # vLLM and what it imports warn of their own affairs
+@pytest.mark.parametrize("bits", [8, 4])
+def test_pages_of_own_caches_have_the_bytes_that_are_asked_for(bits: int) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from mergequant.integrations.vllm.attention import BACKENDS, PageSpec
+
+    backend = BACKENDS[bits]
+    made = {"block_size": 128, "num_kv_heads": 8, "head_size": 64, "dtype": torch.uint8, "bits": bits}
+    merged = PageSpec.merge([PageSpec(**made), PageSpec(**made)])
+    assert merged == pickle.loads(pickle.dumps(PageSpec(**made)))
+    assert (
+        merged.page_size_bytes == math.prod(backend.get_kv_cache_shape(1, 128, 8, 64)) == 2 * 128 * 8 * 64 * bits // 8
+    )
+    with pytest.raises(AssertionError):
+        PageSpec.merge([PageSpec(**made), PageSpec(**(made | {"bits": 12 - bits}))])
+    assert backend.get_preferred_block_size(16) == 64
+    assert backend.get_preferred_block_size(128) == 128
+    assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
+    assert KVCacheSpecRegistry.get_manager_class(merged) is FullAttentionManager

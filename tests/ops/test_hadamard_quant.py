@@ -30,6 +30,16 @@ def test_hadamard_dynamic_quant_when_any_width_expect_float64_codes_and_scales(c
     torch.testing.assert_close(scale.double(), largest * CLIP / 127, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_silu_mul_hadamard_ops_when_any_width_expect_float64_codes(channels: int) -> None:
+    for case in (draw(9, channels, one=True), draw(9, channels, 4, width=channels + 4, shifted=True)):
+        assert_near_exact("silu_mul_hadamard_quant", case, *run("silu_mul_hadamard_quant", case), share=1e-3)
+    case = draw(9, channels)
+    assert_near_exact(
+        "silu_mul_hadamard_dynamic_quant", case, run("silu_mul_hadamard_dynamic_quant", case)[0], share=1e-3
+    )
+
+
 def test_ops_when_input_is_float64_expect_codes_of_the_float32_rotation() -> None:
     case = draw(9, 64)
     wide = ops.hadamard_quant(case.x.double(), case.multiplier, None, None, 8)
@@ -44,6 +54,8 @@ def test_ops_when_an_argument_is_wrong_expect_error_that_names_it() -> None:
         ops.hadamard_dynamic_quant(torch.ones(2, 8, dtype=torch.int8), 1.0, 8)
     with pytest.raises(KernelError, match="bits"):
         ops.hadamard_dynamic_quant(torch.ones(2, 8), 1.0, 9)
+    with pytest.raises(KernelError, match="odd width"):
+        ops.silu_mul_hadamard_quant(torch.ones(2, 7), torch.ones(1), None, None, 8)
 
 
 def test_ops_when_run_on_fake_tensors_expect_real_shapes_and_dtypes() -> None:
@@ -51,6 +63,8 @@ def test_ops_when_run_on_fake_tensors_expect_real_shapes_and_dtypes() -> None:
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.hadamard_quant, (case.x, case.multiplier, case.index, case.shift, 8)),
         (ops.hadamard_dynamic_quant, (case.x, 0.9, 4)),
+        (ops.silu_mul_hadamard_quant, (case.gate_up, case.multiplier, case.index, case.shift, 8)),
+        (ops.silu_mul_hadamard_dynamic_quant, (case.gate_up, 0.9, 4)),
     ]
     for op, values in cases:
         real = op(*values)

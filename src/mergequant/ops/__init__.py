@@ -6,13 +6,19 @@ from mergequant.ops.cpu_linear import PreparedWeight, cpu_backend, prepare_weigh
 from mergequant.ops.dynamic_quant import dynamic_quant
 from mergequant.ops.explain import ARCHITECTURES, Choice, explain
 from mergequant.ops.hadamard import Rotation, hadamard_transform, rotation
-from mergequant.ops.hadamard_quant import hadamard_dynamic_quant, hadamard_quant
+from mergequant.ops.hadamard_quant import (
+    hadamard_dynamic_quant,
+    hadamard_quant,
+    silu_mul_hadamard_dynamic_quant,
+    silu_mul_hadamard_quant,
+)
 from mergequant.ops.int4x4_linear import int4x4_linear
 from mergequant.ops.int_linear import int4_linear, int8_linear
 from mergequant.ops.int_matmul import backend, int_matmul
 from mergequant.ops.kronecker import kronecker_dynamic_quant, kronecker_transform
 from mergequant.ops.kv_append import kv_append
 from mergequant.ops.kv_attention import kv_attention, kv_read
+from mergequant.ops.kv_pages import kv_page_attention, kv_page_read, kv_store
 from mergequant.ops.norm_quant import layernorm_quant, rmsnorm_quant
 from mergequant.ops.overlap import overlapping
 from mergequant.ops.reassemble import reassemble
@@ -49,7 +55,10 @@ __all__ = [
     "kronecker_transform",
     "kv_append",
     "kv_attention",
+    "kv_page_attention",
+    "kv_page_read",
     "kv_read",
+    "kv_store",
     "layernorm_quant",
     "overlapping",
     "prepare_weight",
@@ -60,6 +69,8 @@ __all__ = [
     "rotation",
     "silu_mul",
     "silu_mul_dynamic_quant",
+    "silu_mul_hadamard_dynamic_quant",
+    "silu_mul_hadamard_quant",
     "silu_mul_quant",
     "sparse_dense_linear",
     "static_quant",

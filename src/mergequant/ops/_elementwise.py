@@ -10,35 +10,33 @@ from torch import Tensor
 from mergequant.errors import KernelError
 from mergequant.ops import backends
 
-__all__ = ["codes_like", "kernels_for", "pack_pairs", "use_triton"]
+__all__ = ["backend_for", "codes_like", "first_for_gather", "kernels_for", "pack_pairs"]
 
+MANY_ROWS = 128  # from which on a block of a CUDA norm that gathers has many rows, and keeps what belongs to channels
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def kernels_for(op: str, stem: str, *inputs: Tensor | None) -> Any:
+def kernels_for(op: str, stem: str, *inputs: Tensor | None, first: str | None = None) -> Any:
     """Module with the kernels of an op for these float inputs; None: torch runs.
 
     Args:
         op: name of the op.
+        first: backend that is better here than the one that the op's order begins with.
         stem: its module in `ops.triton`; the CUDA versions of all are in `ops.cuda.elementwise`, under the same names.
         inputs: the op's float tensors, None for what is not given. float64 stays with torch, which is reported.
 
     Raises:
         KernelError: the CUDA backend is forced on tensors of another device.
     """
-    backend = _backend(op, *inputs)
+    backend = backend_for(op, *inputs, first=first)
     return None if backend == "torch" else _module(backend, stem)
 
 
-def use_triton(op: str, *inputs: Tensor | None) -> bool:
-    """Whether an op without CUDA version runs its Triton kernel on these float inputs."""
-    return _backend(op, *inputs) == "triton"
-
-
-def _backend(op: str, *inputs: Tensor | None) -> str:
+def backend_for(op: str, *inputs: Tensor | None, first: str | None = None) -> str:
+    """Backend of an op for these float inputs; arguments and errors as for `kernels_for`."""
     given = [tensor for tensor in inputs if tensor is not None]
     device = given[0].device
-    backend = backends.choose(op, device)
+    backend = backends.choose(op, device, first)
     if backend == "torch":
         return backend
     for tensor in given:
@@ -56,6 +54,11 @@ def _backend(op: str, *inputs: Tensor | None) -> str:
 @cache
 def _module(backend: str, stem: str) -> Any:
     return import_module("mergequant.ops.cuda.elementwise" if backend == "cuda" else f"mergequant.ops.triton.{stem}")
+
+
+def first_for_gather(x: Tensor, index: Tensor | None) -> str | None:
+    """Backend to be preferred for the norm of rows x (..., channels) whose codes gather channels; None: no other."""
+    return "cuda" if index is not None and x.numel() >= MANY_ROWS * x.shape[-1] else None
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ addition followed by the norm bit for bit, and the fused kernel saves a trip of 
 import torch
 from torch import Tensor
 
-from mergequant.ops._elementwise import codes_like, kernels_for
+from mergequant.ops._elementwise import codes_like, first_for_gather, kernels_for
 from mergequant.ops._register import register_mutating_op
 from mergequant.ops._validate import require, require_float, require_quant_arguments, require_residual
 from mergequant.ops.norm_quant import rmsnorm
@@ -41,7 +41,7 @@ def add_rmsnorm_quant(
     """
     require_residual("add_rmsnorm_quant", x, residual)
     require_quant_arguments("add_rmsnorm_quant", residual, multiplier, index, shift, bits)
-    kernels = kernels_for("add_rmsnorm_quant", "norm_quant", residual, x)
+    kernels = kernels_for("add_rmsnorm_quant", "norm_quant", residual, x, first=first_for_gather(x, index))
     if kernels is not None:
         result: Tensor = kernels.add_rmsnorm_quant(x, residual, multiplier, index, shift, eps, bits)
         return result

@@ -45,20 +45,26 @@ ELEMENTWISE_OPS = (
     "silu_mul_quant",
     "silu_mul_dynamic_quant",
 )
-TRITON_OPS = ("hadamard_quant", "hadamard_dynamic_quant", "kv_read")
+ROTATING_OPS = ("hadamard_quant", "hadamard_dynamic_quant")
+ROTATED_PRODUCTS = ("silu_mul_hadamard_quant", "silu_mul_hadamard_dynamic_quant")  # elsewhere two ops, one by one
+TRITON_OPS = ("kv_read", "kv_page_read")
 KERNEL_OPS = (
     "tiled_linear",
     "tiled_swiglu_quant",
     "kv_append",
     "kv_attention",
+    "kv_page_attention",
     "codebook_linear",
     "sparse_dense_linear",
 )
 BACKENDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNEL_OPS, ("cuda", "triton", "torch")),
     "int4x4_linear": ("cuda", "torch"),
+    "kv_store": ("cuda", "torch"),
     **dict.fromkeys(ELEMENTWISE_OPS, ("triton", "cuda", "torch")),
     **dict.fromkeys(TRITON_OPS, ("triton", "torch")),
+    **dict.fromkeys(ROTATING_OPS, ("cuda", "triton", "torch")),
+    **dict.fromkeys(ROTATED_PRODUCTS, ("cuda", "torch")),
     "hadamard_transform": ("torch",),
     "codebook_weight": ("torch",),
     "kronecker_transform": ("torch",),
@@ -73,7 +79,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 CUDA_ARCHITECTURES = {
     **dict.fromkeys(KERNEL_OPS, ("sm_90",)),
     **dict.fromkeys(
-        ELEMENTWISE_OPS,
+        (*ELEMENTWISE_OPS, *ROTATING_OPS, *ROTATED_PRODUCTS, "kv_store"),
         ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
     ),
     "int4x4_linear": ("sm_80", "sm_86", "sm_89"),
@@ -84,8 +90,8 @@ _forced: ContextVar[str | None] = ContextVar("mergequant_backend", default=None)
 _reported: dict[tuple[str, str], None] = {}
 
 
-def choose(op: str, device: torch.device) -> str:
-    """Backend of an op on a device: "cuda", "triton" or "torch".
+def choose(op: str, device: torch.device, first: str | None = None) -> str:
+    """Backend of an op on a device: "cuda", "triton" or "torch"; `first` goes before the op's own order.
 
     On a GPU that an earlier backend of the op's order is written for, what that backend lacks on this machine is
     reported, once.
@@ -101,13 +107,13 @@ def choose(op: str, device: torch.device) -> str:
         return forced if forced in order else order[-1]
     if device.type != "cuda":
         return "torch"
-    return _choose(op, _architecture(device))
+    return _choose(op, _architecture(device), first)
 
 
 @cache
-def _choose(op: str, architecture: str) -> str:
+def _choose(op: str, architecture: str, first: str | None) -> str:
     lacking: list[str] = []
-    for name in BACKENDS[op]:
+    for name in sorted(BACKENDS[op], key=lambda name: name != first):
         if _unwritten(op, name, architecture) is not None:
             continue
         lack = missing(name)

@@ -15,7 +15,7 @@ from mergequant.ops._register import register_op
 from mergequant.ops._validate import ACTIVATION_BITS, FLOAT_DTYPES, require, require_float, require_vector
 from mergequant.ops.kv_layout import CAPACITY_MULTIPLE, unpack_keys, unpack_values
 
-__all__ = ["MOST_PREFIX", "kv_attention", "kv_read"]
+__all__ = ["MOST_PREFIX", "kv_attention", "kv_read", "reference"]
 
 MOST_PREFIX = 8  # slots
 
@@ -84,7 +84,7 @@ def kv_attention(
         reasons["cuda"] = ""  # float caches are the Triton kernel's: nothing has to be decoded
     backend = pick("kv_attention", q.device, reasons)
     if backend == "torch":
-        result = _reference(
+        result = reference(
             q, key_cache, value_cache, lengths, key_scale, value_scale, softmax_scale, bits, prefix_key, prefix_value
         )
         if out_bits:
@@ -207,7 +207,7 @@ def _decoded(
     return keys.to(dtype) * key_scale[:, None].to(dtype), values.to(dtype) * value_scale[:, None].to(dtype)
 
 
-def _reference(
+def reference(
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -218,16 +218,19 @@ def _reference(
     bits: int,
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
+    begins: Tensor | None = None,
 ) -> Tensor:
-    """float64 (batch, heads * D)."""
+    """float64 (batch, heads * D). `begins`: bool (batch, key_heads), which rows begin with the prefix; None: all."""
     rows, heads, width = q.shape
     key_heads, capacity = key_cache.shape[1:3]
     tokens = max(1, int(lengths.max())) if lengths.device.type == "cpu" else capacity  # a GPU is not waited for
     k, v = _decoded(key_cache, value_cache, key_scale, value_scale, tokens, bits, width, torch.float64)
     if prefix_key is not None and prefix_value is not None:
         own = min(prefix_key.shape[1], tokens)
-        k = torch.cat((prefix_key[:, :own].double().expand(rows, -1, -1, -1), k[:, :, own:]), dim=2)
-        v = torch.cat((prefix_value[:, :own].double().expand(rows, -1, -1, -1), v[:, :, own:]), dim=2)
+        first = [prefix[:, :own].double().expand(rows, -1, -1, -1) for prefix in (prefix_key, prefix_value)]
+        if begins is not None:
+            first = [torch.where(begins[..., None, None], x, cache[:, :, :own]) for x, cache in zip(first, (k, v))]
+        k, v = (torch.cat((x, cache[:, :, own:]), dim=2) for x, cache in zip(first, (k, v)))
     score = q.double().view(rows, key_heads, heads // key_heads, width) @ k.transpose(-1, -2) * softmax_scale
     visible = (torch.arange(tokens, device=q.device) < lengths[:, None])[:, None, None]
     p = torch.softmax(score.masked_fill(~visible, float("-inf")), dim=-1)

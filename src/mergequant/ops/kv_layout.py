@@ -24,7 +24,8 @@ Values (product p v: rows of the operand are tokens, columns are channels). A gr
     writes one token must keep the other, so a group of 32 tokens must have a single writer at a time.
 
 Codes are symmetric: -7..7 at 4 bits, -127..127 at 8. The step of a channel is a float32 of its own, fixed at
-calibration, the same for all tokens.
+calibration, the same for all tokens. The one code that is left over marks a stored token where caches lie in pages
+(`kv_pages`): as that of channel 0, in the first bits of the first byte of a head's keys.
 """
 
 import torch
@@ -40,7 +41,9 @@ __all__ = [
     "VALUE_GROUP",
     "cache_width",
     "code_limit",
+    "is_marked",
     "key_place",
+    "mark_code",
     "pack_keys",
     "pack_values",
     "put_codes",
@@ -62,6 +65,17 @@ WORD_BYTES = 4
 def code_limit(bits: int) -> int:
     """Largest code: 7 or 127."""
     return int(2 ** (bits - 1) - 1)
+
+
+def mark_code(bits: int) -> int:
+    """The code that neither keys nor values have: -8 or -128."""
+    return -code_limit(bits) - 1
+
+
+def is_marked(keys: Tensor, bits: int) -> Tensor:
+    """Whether channel 0 of the first token has that code: uint8 (..., tokens, D * bits / 8) to bool (...)."""
+    mask = 2**bits - 1
+    return keys[..., 0, 0] & mask == mark_code(bits) & mask
 
 
 def cache_width(head_width: int, bits: int) -> int:

@@ -90,13 +90,15 @@ class Quantizer:
         return static(x, self.multiplier, self.index, self.shift, self.bits), None
 
     def of_product(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes of silu(gate) * up from (..., 2 ffn), with as little traffic as the rotation allows."""
-        if self.rotates or self.left is not None or (self.multiplier is None and self.index is not None):
+        """Codes of silu(gate) * up from (..., 2 ffn)."""
+        if self.left is not None or (self.multiplier is None and self.index is not None):
             return self(ops.silu_mul(gate_up))
         if self.multiplier is None:
-            codes, scale = ops.silu_mul_dynamic_quant(gate_up, self.clip_ratio, self.bits)
+            dynamic = ops.silu_mul_hadamard_dynamic_quant if self.rotates else ops.silu_mul_dynamic_quant
+            codes, scale = dynamic(gate_up, self.clip_ratio, self.bits)
             return codes, scale
-        return ops.silu_mul_quant(gate_up, self.multiplier, self.index, self.shift, self.bits), None
+        static = ops.silu_mul_hadamard_quant if self.rotates else ops.silu_mul_quant
+        return static(gate_up, self.multiplier, self.index, self.shift, self.bits), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from mergequant.ops import backends
 from mergequant.ops.cuda import compiler
 from mergequant.ops.cuda.compiler import Compiled, Unit
-from mergequant.ops.cuda.elementwise import dynamic_unit, norm_unit, static_unit
+from mergequant.ops.cuda.elementwise import dynamic_unit, gather_unit, norm_unit, static_unit
 
 pytestmark = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
 TARGETS = ("sm_80", "sm_90a")
@@ -25,6 +25,10 @@ NORMS = {
     "add, long": norm_unit(B, F, F, 8, channels=20000),
     "add, unaligned": norm_unit(F, F, F, 8, channels=16383, shift=2, aligned=False),
     "floats": norm_unit(H, H, H, 0, channels=8192),
+}
+GATHERS = {
+    "gathered": gather_unit(B, B, F, 8, longest=4416),
+    "gathered, all": gather_unit(H, None, F, 4, longest=8192, packed=True, centre=True, shift=2),
 }
 STATICS = {
     "static": static_unit(B, 8, shift=2),
@@ -53,7 +57,9 @@ def compiled(unit: Unit, target: str) -> Compiled:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("unit", [*NORMS.values(), *STATICS.values()], ids=[*NORMS, *STATICS])
+@pytest.mark.parametrize(
+    "unit", [*NORMS.values(), *GATHERS.values(), *STATICS.values()], ids=[*NORMS, *GATHERS, *STATICS]
+)
 def test_kernel_when_compiled_expect_no_spills_and_no_fused_products(unit: Unit, target: str) -> None:
     ptx = compiled(unit, target).ptx
     assert FUSED not in ptx, "a fused multiply-add rounds otherwise than the reference"

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from mergequant.ops.cuda import compiler, kv
+from mergequant.ops.cuda import compiler, kv, kv_pages
 
 pytestmark = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
 TARGET = "sm_90a"
@@ -45,6 +45,26 @@ def test_attention_when_compiled_expect_tensor_core_and_no_spills(
     assert compiled.ptx.count("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32") == chunk // 32 * (width // 8)
     assert "griddepcontrol.wait" in compiled.ptx
     assert "ld.shared::cluster" in compiled.ptx
+
+
+@pytest.mark.parametrize(
+    ("width", "group", "bits", "prefix", "warps"), [(128, 8, 4, True, 4), (128, 4, 8, True, 8), (64, 1, 4, False, 2)]
+)
+def test_attention_over_pages_when_compiled_expect_no_spills(
+    width: int, group: int, bits: int, prefix: bool, warps: int
+) -> None:
+    unit = kv.attention_unit(width, group, bits, torch.bfloat16, prefix, warps, kv.FEW_WARPS, paged=True)
+    figures = report(compiler.compile_unit(unit, TARGET).log)
+    assert figures["spilled"] == 0
+    assert figures["registers"] * 32 * kv.FEW_WARPS <= 65536
+
+
+@pytest.mark.parametrize("target", ["sm_80", TARGET])
+@pytest.mark.parametrize(("bits", "tokens"), [(4, kv_pages.FEW_TOKENS), (8, kv_pages.MANY_TOKENS)])
+def test_store_when_compiled_expect_no_spills_and_no_fused_products(bits: int, tokens: int, target: str) -> None:
+    compiled = compiler.compile_unit(kv_pages.store_unit(128, bits, torch.bfloat16, True, tokens), target)
+    assert report(compiled.log)["spilled"] == 0
+    assert "fma.rn.f32" not in compiled.ptx, "a fused multiply-add rounds otherwise than the reference"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

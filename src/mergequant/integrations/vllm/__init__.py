@@ -33,9 +33,12 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from mergequant.integrations.vllm.config import MergeQuantConfig
+    from mergequant.integrations.vllm.graphs import CaptureSizes
 
     register_quantization_config(QUANT_METHOD)(MergeQuantConfig)
     for architecture, name in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, f"{MODELS}:{name}")
+        MODELS_CONFIG_MAP.setdefault(architecture, CaptureSizes)

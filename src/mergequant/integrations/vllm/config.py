@@ -25,7 +25,10 @@ from mergequant.nn import LinearSpec, Spec
 __all__ = ["MergeQuantConfig", "MergeQuantLinearMethod"]
 
 LEAST_CAPABILITY = 80  # of a GPU, for vLLM: tens are the major number
-CACHE_NOTE = "this checkpoint's steps for a quantized cache are not used: vLLM's own caches are (--kv-cache-dtype)"
+CACHE_NOTE = (
+    "keys and values lie in vLLM's own cache (--kv-cache-dtype); this checkpoint's steps would serve 8 or 4 bits: "
+    "--additional-config '{\"kv_bits\": 8}'"
+)
 
 
 class MergeQuantConfig(QuantizationConfig):

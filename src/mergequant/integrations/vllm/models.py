@@ -5,6 +5,7 @@ The changes are made from outside, once a model is built (`install`): nothing of
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from vllm.platforms import current_platform
 
 from mergequant.errors import UsageError
 from mergequant.integrations.vllm.config import CACHE_NOTE, MergeQuantConfig
-from mergequant.integrations.vllm.install import install
+from mergequant.integrations.vllm.install import OwnCache, install
+from mergequant.integrations.vllm.pages import FLOAT_BITS, chosen_bits
 from mergequant.integrations.vllm.placement import Placement
 from mergequant.integrations.vllm.served import ServedNorm
 from mergequant.integrations.vllm.shards import Share
@@ -44,8 +46,8 @@ class _Served:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise UsageError("quantized models are not cut by blocks: use --tensor-parallel-size, not pipeline stages")
         share = Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        most = vllm_config.scheduler_config.max_num_batched_tokens
-        self._placement, sink = install(self, config.quantization, share, most)  # type: ignore[arg-type]
+        most, cache = vllm_config.scheduler_config.max_num_batched_tokens, _own_cache(vllm_config)
+        self._placement, sink = install(self, config.quantization, share, most, cache)  # type: ignore[arg-type]
         self._sink = () if sink is None else (sink,)
         if sink is not None:
             LOG.info(
@@ -53,7 +55,7 @@ class _Served:
                 "checkpoint's tokenizer does it; one that does not is served less accurately",
                 sink.spec.tokens[0],
             )
-        if config.quantization.kv is not None:
+        if cache is None and config.quantization.kv is not None:
             LOG.info("mergequant: %s", CACHE_NOTE)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -82,6 +84,18 @@ class _Served:
         marked = sink.mark(rows, positions)
         hidden = super().forward(input_ids, marked, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
         return sink.put(rows, hidden) if isinstance(hidden, torch.Tensor) else hidden
+
+
+def _own_cache(config: VllmConfig) -> OwnCache | None:
+    """The cache of 8 or 4 bits that is asked for; None: vLLM's own."""
+    bits = chosen_bits(config.additional_config, config.cache_config.cache_dtype)
+    if bits == FLOAT_BITS:
+        return None
+    from mergequant.integrations.vllm.attention import PagedAttention, require_engine  # needs vLLM's FlashAttention
+
+    require_engine(config)
+    attention = partial(PagedAttention, cache_config=config.cache_config)
+    return OwnCache(bits, config.model_config.dtype, config.model_config.max_model_len, attention)
 
 
 class ServedLlama(_Served, LlamaForCausalLM):

@@ -1,13 +1,16 @@
-"""Which kernel serves each layer, said once when an engine has loaded its weights."""
+"""Which kernel serves each layer, and the cache, said once when an engine starts."""
 
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
 
-from mergequant.integrations.vllm.served import Kernel
+import torch
 
-__all__ = ["Report", "summary"]
+from mergequant.integrations.vllm.served import Kernel
+from mergequant.ops import backends
+
+__all__ = ["Report", "cache_summary", "summary"]
 
 LOG = logging.getLogger("vllm.mergequant")  # vLLM's logger shows its children at level INFO
 
@@ -20,6 +23,12 @@ def summary(kernels: Iterable[Kernel]) -> list[str]:
         served = f"{kernel.outputs} x {kernel.width}, {kernel.scheme}: {kernel.op} ({kernel.backend})"
         counts[f"{name}: {served}"] += 1
     return [f"{count} x {line}" for line, count in counts.items()]
+
+
+def cache_summary(layers: int, bits: int, page: int, size: int, device: torch.device) -> str:
+    """A line for a cache of ours: `page` tokens take `size` bytes in a layer."""
+    served = ", ".join(f"{op} ({backends.choose(op, device)})" for op in ("kv_store", "kv_page_attention"))
+    return f"keys and values of {layers} layers in {bits} bits, {size} bytes for {page} tokens of one: {served}"
 
 
 class Report:

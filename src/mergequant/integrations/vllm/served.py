@@ -257,12 +257,15 @@ class ServedLinear(nn.Module):
             return x, None
         if self.gated:
             spec = quantizer.spec
-            plain = mixes_channels(spec) or (spec.kind == "dynamic" and spec.per_channel)
-            if not plain and spec.kind == "static":
-                vectors = quantizer.multiplier, quantizer.index, quantizer.shift
-                return ops.silu_mul_quant(x, *vectors, spec.bits), None
-            if not plain:
-                codes, scale = ops.silu_mul_dynamic_quant(x, spec.clip_ratio, spec.bits)
+            static, rotated = spec.kind == "static", bool(spec.rotation)
+            apart = self.gathers_input or bool(spec.left) or (not static and (spec.per_channel or spec.gathers))
+            if not apart and static:
+                assert quantizer.multiplier is not None  # of every static input
+                quantize = ops.silu_mul_hadamard_quant if rotated else ops.silu_mul_quant
+                return quantize(x, quantizer.multiplier, quantizer.index, quantizer.shift, spec.bits), None
+            if not apart:
+                dynamic = ops.silu_mul_hadamard_dynamic_quant if rotated else ops.silu_mul_dynamic_quant
+                codes, scale = dynamic(x, spec.clip_ratio, spec.bits)
                 return codes, scale
             x = ops.silu_mul(x)
         codes, scale = quantizer(self._all(x))

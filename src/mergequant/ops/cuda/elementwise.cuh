@@ -73,6 +73,17 @@ MQ_DEVICE void read8(const float* from, float (&value)[GROUP]) {
     value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
 }
 
+// Eight 16-bit elements as floats.
+template <int KIND>
+MQ_DEVICE void unpack_group(const uint4& four, float (&value)[GROUP]) {
+    const u32 words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        value[2 * j] = KIND == FLOAT16 ? f16_low(words[j]) : bf16_low(words[j]);
+        value[2 * j + 1] = KIND == FLOAT16 ? f16_high(words[j]) : bf16_high(words[j]);
+    }
+}
+
 // The values at column .. column + 7 of a row; beyond its width they are zero.
 template <int KIND>
 MQ_DEVICE void load_group(const Element<KIND>* row, int column, int width, float (&value)[GROUP]) {
@@ -82,13 +93,7 @@ MQ_DEVICE void load_group(const Element<KIND>* row, int column, int width, float
     } else if constexpr (KIND == FLOAT32) {
         read8(row + column, value);
     } else {
-        const uint4 four = *reinterpret_cast<const uint4*>(row + column);
-        const u32 words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            value[2 * j] = KIND == FLOAT16 ? f16_low(words[j]) : bf16_low(words[j]);
-            value[2 * j + 1] = KIND == FLOAT16 ? f16_high(words[j]) : bf16_high(words[j]);
-        }
+        unpack_group<KIND>(*reinterpret_cast<const uint4*>(row + column), value);
     }
 }
 

@@ -20,6 +20,7 @@ __all__ = [
     "add_rmsnorm_quant",
     "dynamic_quant",
     "dynamic_unit",
+    "gather_unit",
     "norm_quant",
     "norm_unit",
     "silu_mul",
@@ -33,8 +34,12 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of elements, 
 NO_KIND = -1
 GROUP = 8  # values that a thread takes at once
 ALIGNMENT = 16  # bytes of an access
+NARROW_BYTES = 2
 LEAST_THREADS, MOST_THREADS = 64, 1024
 MOST_HELD = 2  # groups of a row in a thread's registers: more would spill with 1024 threads
+WARP = 32
+MOST_GATHERED = GROUP * MOST_THREADS  # codes, or channels, of a row that a block keeps the constants of
+GATHERING_THREADS = 1280  # on a multiprocessor: 48 registers for a thread
 CHUNK_THREADS = 256  # of a block of static_quant
 CHUNK_BLOCKS = 8  # of them on a multiprocessor
 
@@ -67,6 +72,34 @@ def norm_unit(
         "MQ_HELD": held,
     }
     return _unit("norm_quant", threads, x, residual or x, bits, packed, gathered, multiplier, shift, aligned, own)
+
+
+def gather_unit(
+    x: torch.dtype,
+    residual: torch.dtype | None,
+    gain: torch.dtype,
+    bits: int,
+    *,
+    longest: int,
+    packed: bool = False,
+    centre: bool = False,
+    multiplier: int = 2,
+    shift: int = 0,
+) -> Unit:
+    """The kernel of gathered norms for rows of 16-bit elements, of at most `longest` channels and codes."""
+    threads = gather_threads(longest)
+    own = {
+        "MQ_RESIDUAL": NO_KIND if residual is None else KINDS[residual],
+        "MQ_GAIN": KINDS[gain],
+        "MQ_CENTRE": int(centre),
+        "MQ_BLOCKS": _gathering_blocks(threads),
+    }
+    return _unit("norm_gather", threads, x, residual or x, bits, packed, True, multiplier, shift, True, own)
+
+
+def gather_threads(longest: int) -> int:
+    """Threads of a block: whole warps, a group of codes and of channels for each thread."""
+    return max(LEAST_THREADS, -(-longest // (GROUP * WARP)) * WARP)
 
 
 def static_unit(
@@ -223,6 +256,11 @@ def _norm(
     rows, channels = _rows(x), x.shape[-1]
     width = channels if index is None else index.shape[0]
     multiplier, index, shift = multiplier.contiguous(), _indices(index), _contiguous(shift)
+    aligned = _aligned((channels, width), (rows, residual, multiplier, index, shift, out))
+    narrow = all(tensor is None or tensor.element_size() == NARROW_BYTES for tensor in (x, residual))
+    if index is not None and aligned and narrow and max(channels, width) <= MOST_GATHERED:
+        _gather(rows, residual, multiplier, index, shift, out, eps, bits, packed, centre)
+        return
     unit = norm_unit(
         x.dtype,
         None if residual is None else residual.dtype,
@@ -234,10 +272,47 @@ def _norm(
         gathered=index is not None,
         multiplier=_kind(multiplier, width),
         shift=_kind(shift, width),
-        aligned=_aligned((channels, width), (rows, residual, multiplier, index, shift, out)),
+        aligned=aligned,
     )
     arguments = (rows, residual, multiplier, index, shift, out, channels, width, float(eps))
     _launch(unit, "norm_quant", (rows.shape[0], 1, 1), _row_plan(channels)[0], arguments, x.device)
+
+
+def _gather(
+    rows: Tensor,
+    residual: Tensor | None,
+    multiplier: Tensor,
+    index: Tensor,
+    shift: Tensor | None,
+    out: Tensor,
+    eps: float,
+    bits: int,
+    packed: bool,
+    centre: bool,
+) -> None:
+    """Aligned rows (tokens, channels) of 16-bit elements, in blocks that take many of them."""
+    (count, channels), width = rows.shape, index.shape[0]
+    longest = max(channels, width)
+    unit = gather_unit(
+        rows.dtype,
+        None if residual is None else residual.dtype,
+        multiplier.dtype,
+        bits,
+        longest=longest,
+        packed=packed,
+        centre=centre,
+        multiplier=_kind(multiplier, width),
+        shift=_kind(shift, width),
+    )
+    threads = gather_threads(longest)
+    blocks = min(count, _gathering_blocks(threads) * multiprocessors(rows.device))
+    arguments = (rows, residual, multiplier, index, shift, out, count, channels, width, float(eps))
+    _launch(unit, "norm_gather", (blocks, 1, 1), threads, arguments, rows.device)
+
+
+def _gathering_blocks(threads: int) -> int:
+    """Blocks of gathered norms on a multiprocessor."""
+    return max(1, GATHERING_THREADS // threads)
 
 
 def _static(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.ops.cuda.compiler import Unit
-from mergequant.ops.cuda.launch import kernel, multiprocessors
+from mergequant.ops.cuda.launch import Long, kernel, multiprocessors
 from mergequant.ops.overlap import overlaps
 
 __all__ = ["Division", "append", "append_unit", "attend", "attention_unit", "choose", "configurations"]
@@ -62,9 +62,9 @@ def append_threads(width: int, one: bool) -> int:
 
 
 def attention_unit(
-    width: int, group: int, bits: int, dtype: torch.dtype, prefix: bool, warps: int, resident: int
+    width: int, group: int, bits: int, dtype: torch.dtype, prefix: bool, warps: int, resident: int, paged: bool = False
 ) -> Unit:
-    """The attention kernel; `prefix`: some slots are attended in float."""
+    """The attention kernel; `prefix`: some slots are attended in float; `paged`: on a cache in pages."""
     return Unit(
         f"{ATTENTION}.cu",
         (
@@ -75,6 +75,7 @@ def attention_unit(
             ("MQ_BLOCKS", max(1, resident // warps)),
             ("MQ_FLOAT16", int(dtype == torch.float16)),
             ("MQ_PREFIX", int(prefix)),
+            ("MQ_PAGED", int(paged)),
         ),
     )
 
@@ -180,18 +181,23 @@ def attend(
     early: bool,
     out: Tensor,
     division: Division | None = None,
+    table: Tensor | None = None,
 ) -> None:
-    """`kv_attention` into a given output; arguments as the op's, checked by it. `division` is for tuning."""
+    """`kv_attention` into a given output; arguments as the op's, checked by it. `division` is for tuning.
+
+    With `table` the caches are the keys and the values of `kv_page_attention`'s pages, (pages, key_heads, page, bytes).
+    """
     rows, heads, width = q.shape
-    key_heads, capacity = key_cache.shape[1:3]
+    key_heads, slots = key_cache.shape[1:3]
+    capacity = slots if table is None else slots * table.shape[1]
     group = heads // key_heads
     prefix = 0 if prefix_key is None else prefix_key.shape[1]
     expected = min(most, capacity)
     if division is None:
         processors = multiprocessors(q.device)
         division = choose(rows * key_heads, expected, width, bits, processors)
-    unit = attention_unit(width, group, bits, q.dtype, prefix > 0, division.warps, division.resident)
-    overlap = overlaps(q.device)
+    unit = attention_unit(width, group, bits, q.dtype, prefix > 0, division.warps, division.resident, table is not None)
+    overlap = overlaps(q.device) and table is None
     kernel(unit, ATTENTION, q.device).launch(
         (key_heads, division.splits, rows),
         division.warps * 32,
@@ -213,6 +219,11 @@ def attend(
             0 if out_multiplier is not None and out_multiplier.shape[0] == 1 else 1,
             out_bits,
             int(early and overlap),
+            q.stride(0),
+            table,
+            0 if table is None else table.stride(0),
+            slots,
+            Long(key_cache.stride(0)),
         ),
         cluster=(1, division.splits, 1),
         overlap=overlap,

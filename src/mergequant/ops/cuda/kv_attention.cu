@@ -18,6 +18,10 @@
 // Work: a block is one (sequence, key head, split), its warps take chunks of tokens in turn. Splits of a (sequence, key
 // head) form a cluster and are combined through distributed shared memory.
 //
+// Pages (MQ_PAGED): slot s of a row lies in page table[row][s / page] (../kv_pages.py), at s % page. Pages are multiples of
+// 64 slots, so no chunk is in two of them. Nothing else differs: results are those of a contiguous row, bit for bit. The
+// prefix then counts for the rows alone whose first page is marked.
+//
 // Overlap with the kernel ahead (`early` != 0). The caller promises that `lengths` and all slots of the cache except each
 // row's newest were written before the `kv_append` of this token was launched, and that this append is the last kernel
 // that wrote the cache. Then the chunks that do not hold the newest slot are loaded before overlap_wait(). Proof that
@@ -35,8 +39,12 @@ constexpr int WARPS = MQ_WARPS;      // of a block
 constexpr int BLOCKS = MQ_BLOCKS;    // that shall fit on a multiprocessor: limits the registers of a thread
 constexpr bool FLOAT16 = MQ_FLOAT16; // q, prefix and output are float16, else bfloat16
 constexpr bool PREFIX = MQ_PREFIX;   // the first slots are attended in float
+constexpr bool PAGED = MQ_PAGED;     // the cache lies in pages
 
 constexpr int THREADS = WARPS * 32;
+constexpr int SLOT_BYTES = HEAD * BITS / 8;
+constexpr u32 MARK = BITS == 4 ? 0x08 : 0x80;       // code of a key's channel 0 that says "the stored token"; no key has it
+constexpr u32 CODE = BITS == 4 ? 0x0F : 0xFF;       // the bits of a code
 constexpr int MAX_SPLITS = 8;        // of the portable cluster size
 constexpr int MAX_PREFIX = 8;
 
@@ -83,8 +91,7 @@ MQ_DEVICE float quad_max(float x) {
 struct Chunk {
     U4 unit[UNITS];
 
-    __device__ __forceinline__ void load(const u8* lane_start, int chunk) {
-        const u8* from = lane_start + (u64)chunk * CHUNK_BYTES;
+    __device__ __forceinline__ void load(const u8* from) {
 #pragma unroll
         for (int i = 0; i < UNITS; i++) unit[i] = load_stream(from + i * UNIT_BYTES);
     }
@@ -119,8 +126,9 @@ struct Partials {
 };
 
 // Grid (key heads, splits, batch); the splits of a (key head, row) are a cluster.
-//   q (batch, key heads * GROUP, HEAD), keys and values (batch, key heads, capacity, HEAD * BITS / 8), lengths (batch):
-//   visible slots with the newest; scales (key heads, HEAD); prefix (key heads, prefix, HEAD).
+//   q (batch, key heads * GROUP, HEAD), rows q_stride apart; keys and values (batch, key heads, capacity, SLOT_BYTES), or
+//   (pages, key heads, page, SLOT_BYTES), pages page_stride bytes apart; table (batch, capacity / page), rows table_stride
+//   apart; lengths (batch): visible slots with the newest; scales (key heads, HEAD); prefix (key heads, prefix, HEAD).
 //   out: floats like q if out_multiplier is null, else int8 codes within +-2^(out_bits - 1).
 //   expected: bound of the lengths that the host knows, only used to load ahead of `lengths`.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -129,46 +137,67 @@ kv_attention(const u16* __restrict__ q, const u8* __restrict__ keys, const u8* _
              const float* __restrict__ value_scale, const u16* __restrict__ prefix_key,
              const u16* __restrict__ prefix_value, const float* __restrict__ out_multiplier, void* __restrict__ out,
              float softmax_scale_log2, int capacity, int expected, int prefix, int multiplier_stride,
-             int out_bits, int early) {
+             int out_bits, int early, int q_stride, const i32* __restrict__ table, int table_stride, int page,
+             long long page_stride) {
     __shared__ Partials shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int split = blockIdx.y, splits = gridDim.y;
     const int key_head = blockIdx.x, row = blockIdx.z, pair = row * gridDim.x + key_head;
-    const u64 cache_start = (u64)pair * capacity * (HEAD * BITS / 8) + lane * 16;
+    auto q_of = [&](int g) {
+        return PAGED ? (u64)row * q_stride + (key_head * GROUP + g) * HEAD : (u64)(pair * GROUP + g) * HEAD;
+    };
+    // Where the head starts for this lane, and a chunk behind that. The number of its page is read a round ahead.
+    const u64 head_start = (PAGED ? (u64)key_head * page : (u64)pair * capacity) * SLOT_BYTES + lane * 16;
+    const i32* numbers = table + (u64)row * table_stride;
+    const int page_chunks = PAGED ? page / CHUNK : 1;
+    auto start_of = [&](int chunk, i32 number) {
+        if (!PAGED) return (u64)chunk * CHUNK_BYTES;
+        return (u64)number * page_stride + (u64)(chunk % page_chunks) * CHUNK_BYTES;
+    };
+    auto number_of = [&](int chunk, int slots) { return PAGED && chunk * CHUNK < slots ? numbers[chunk / page_chunks] : 0; };
 
     // Chunks go round the warps of all splits.
     int chunk = split * WARPS + warp;
     const int stride = splits * WARPS;
     Chunk k, v;
     int length = 0;
+    i32 number = 0;
     bool loaded = false;
-    if (early) {
+    if (early && !PAGED) {
         length = lengths[row];
         loaded = (chunk + 1) * CHUNK < length;  // the newest slot lies behind this chunk
         if (loaded) {
-            k.load(keys + cache_start, chunk);
-            v.load(values + cache_start, chunk);
+            k.load(keys + head_start + start_of(chunk, 0));
+            v.load(values + head_start + start_of(chunk, 0));
         }
     }
     overlap_launch();
     overlap_wait();
-    if (!early) {
+    if (PAGED) {
+        number = number_of(chunk, capacity);
+        length = lengths[row];
+    } else if (!early) {
         // The first chunk does not wait for `lengths`: what the row turns out not to have is loaded in vain.
         loaded = chunk * CHUNK < expected;
         if (loaded) {
-            k.load(keys + cache_start, chunk);
-            v.load(values + cache_start, chunk);
+            k.load(keys + head_start + start_of(chunk, 0));
+            v.load(values + head_start + start_of(chunk, 0));
         }
         length = lengths[row];
     }
     length = max(0, min(length, capacity));
     const int chunks = (length + CHUNK - 1) / CHUNK;
     if (!loaded && chunk < chunks) {
-        k.load(keys + cache_start, chunk);
-        v.load(values + cache_start, chunk);
+        k.load(keys + head_start + start_of(chunk, number));
+        v.load(values + head_start + start_of(chunk, number));
     }
+    number = number_of(chunk + stride, length);
+    // Slots that the prefix stands for.
+    int stored = PREFIX ? prefix : 0;
+    if (PREFIX && PAGED && length > 0)
+        stored *= (keys[head_start - lane * 16 + (u64)numbers[0] * page_stride] & CODE) == MARK;
     // The last split, which has the fewest chunks, takes the float prefix too.
-    const int own_prefix = PREFIX && split == splits - 1 ? min(prefix, length) : 0;
+    const int own_prefix = PREFIX && split == splits - 1 ? min(stored, length) : 0;
 
     // q of head g, the channels that lane t holds as operand; then its digits.
     u32 q_digits[STEPS][4];
@@ -181,7 +210,7 @@ kv_attention(const u16* __restrict__ q, const u8* __restrict__ keys, const u8* _
             for (int half = 0; half < 2; half++) {
                 const int channel = step * 32 + half * 16 + t * 4;
                 uint2 word = make_uint2(0, 0);
-                if (g < GROUP) word = *reinterpret_cast<const uint2*>(q + (u64)(pair * GROUP + g) * HEAD + channel);
+                if (g < GROUP) word = *reinterpret_cast<const uint2*>(q + q_of(g) + channel);
                 x[step][half][0] = low_half(word.x) * softmax_scale_log2;
                 x[step][half][1] = high_half(word.x) * softmax_scale_log2;
                 x[step][half][2] = low_half(word.y) * softmax_scale_log2;
@@ -260,11 +289,13 @@ kv_attention(const u16* __restrict__ q, const u8* __restrict__ keys, const u8* _
 #pragma unroll
             for (int i = 0; i < KEY_TILES * 2; i++) {
                 const int slot = chunk * CHUNK + i / 2 * 8 + t * 2 + i % 2;
-                if (slot >= length || (PREFIX && slot < prefix)) score[i] = HIDDEN;
+                if (slot >= length || (PREFIX && slot < stored)) score[i] = HIDDEN;
             }
         }
         const int next = chunk + stride;
-        if (next < chunks) k.load(keys + cache_start, next);
+        const u64 next_start = start_of(next, number);
+        if (next < chunks) k.load(keys + head_start + next_start);
+        number = number_of(next + stride, length);
 
         float chunk_maximum = score[0];
 #pragma unroll
@@ -301,7 +332,7 @@ kv_attention(const u16* __restrict__ q, const u8* __restrict__ keys, const u8* _
             output[tile][0] = output[tile][0] * old_weight + (float)(d[0] * P_BASE + d[2]) * new_weight;
             output[tile][1] = output[tile][1] * old_weight + (float)(d[1] * P_BASE + d[3]) * new_weight;
         }
-        if (next < chunks) v.load(values + cache_start, next);
+        if (next < chunks) v.load(values + head_start + (PAGED ? next_start : start_of(next, 0)));
         chunk = next;
     }
 

@@ -25,6 +25,7 @@ __all__ = [
     "channel_vector",
     "code_constants",
     "launch",
+    "launch_strided",
     "quotient",
     "round_to_code",
     "store_codes",
@@ -128,12 +129,25 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run a kernel whose last constant is OVERLAP, on the device's current stream. An empty grid runs nothing."""
+    contiguous = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
+    launch_strided(kernel, grid, contiguous, device, warps, stages, **constants)
+
+
+def launch_strided(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Tensor | float | int | None],
+    device: torch.device,
+    warps: int,
+    stages: int = 1,
+    **constants: Any,
+) -> None:
+    """As `launch`, for a kernel that knows its tensors' strides: they are not made contiguous."""
     if 0 in grid:
         return
     overlap = overlaps(device)
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if overlap:
         options["launch_pdl"] = True
-    contiguous = (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*contiguous, **constants, OVERLAP=overlap, **options)
+        kernel[grid](*arguments, **constants, OVERLAP=overlap, **options)

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mergequant.ops.kv_layout import code_limit
 from mergequant.ops.triton.common import launch, round_to_code, wait_for_predecessor
 
-__all__ = ["append", "codes_of", "key_place", "read", "value_place"]
+__all__ = ["append", "codes_of", "is_marked", "key_place", "read", "value_place"]
 
 SLOTS = 32  # of a program: the group in which 4-bit values share bytes
 
@@ -48,6 +48,12 @@ def codes_of(byte, shift, BITS: tl.constexpr):
         return byte.to(tl.int8, bitcast=True).to(tl.int32)
     nibble = (byte.to(tl.int32) >> shift) & 15
     return (nibble ^ 8) - 8  # sign extension
+
+
+@triton.jit
+def is_marked(byte, BITS: tl.constexpr):
+    """Whether the first byte of a head's keys says that the first token is a stored one; `kv_layout.is_marked`."""
+    return (byte & (2**BITS - 1)) == 2 ** (BITS - 1)
 
 
 @triton.jit

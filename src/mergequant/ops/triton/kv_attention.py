@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergequant.ops.triton.common import code_constants, launch, round_to_code, wait_for_predecessor
-from mergequant.ops.triton.kv import codes_of, key_place, value_place
+from mergequant.ops.triton.common import code_constants, launch, launch_strided, round_to_code, wait_for_predecessor
+from mergequant.ops.triton.kv import codes_of, is_marked, key_place, value_place
 
 __all__ = ["attend", "choose_splits"]
 
@@ -58,12 +58,16 @@ def _attend(
     out,
     scale,
     capacity,
+    table,
+    table_stride,
+    page_stride,
     PREFIX: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     MULTIPLIER_STEP: tl.constexpr,
@@ -71,7 +75,8 @@ def _attend(
     HIGH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One (row, key head) and one part of its slots. `scale` includes log2(e).
+    """One (row, key head) and one part of its slots. `scale` includes log2(e). With PAGE > 0 the cache lies in pages of
+    so many slots, and the prefix counts where the row's first page is marked.
 
     The parts' results go to partial_out (pairs, splits, GROUP, WIDTH) and partial_sums (.., GROUP, 2: maximum, sum), or
     straight to `out` where there is only one.
@@ -80,7 +85,16 @@ def _attend(
     split = tl.program_id(1)
     key_head = (pair % KEY_HEADS).to(tl.int32)
     wait_for_predecessor(OVERLAP)
-    length = tl.minimum(tl.load(lengths + pair // KEY_HEADS), capacity)
+    row = pair // KEY_HEADS
+    length = tl.minimum(tl.load(lengths + row), capacity)
+    head_start = pair * capacity * (WIDTH * (BITS if BITS != 16 else 8) // 8)  # in elements of the cache
+    stored = PREFIX
+    if PAGE > 0:
+        head_start = key_head.to(tl.int64) * (PAGE * WIDTH * BITS // 8)
+        numbers = table + row * table_stride
+        if PREFIX > 0:
+            number = tl.load(numbers, mask=length > 0, other=0).to(tl.int64)
+            stored = tl.where(is_marked(tl.load(keys + head_start + number * page_stride), BITS), PREFIX, 0)
     # Parts are whole blocks of the row's own length, not of the longest row's.
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     begin = split * part
@@ -97,7 +111,7 @@ def _attend(
     prefix_out = tl.zeros((ROWS, WIDTH), tl.float32)
     if PREFIX > 0:  # one step of its own, by the first part
         prefix_slot = tl.arange(0, 16)
-        prefix_visible = prefix_slot < tl.where(split == 0, tl.minimum(length, PREFIX), 0)
+        prefix_visible = prefix_slot < tl.where(split == 0, tl.minimum(length, stored), 0)
         prefix_place = (key_head * PREFIX + prefix_slot[:, None]) * WIDTH + d[None, :]
         prefix_k = tl.load(prefix_key + prefix_place, mask=prefix_visible[:, None], other=0.0)
         prefix_v = tl.load(prefix_value + prefix_place, mask=prefix_visible[:, None], other=0.0)
@@ -115,24 +129,28 @@ def _attend(
         x = folded.to(kind)
         rest = (folded - x.to(tl.float32)).to(kind)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    head_start = pair * capacity * (WIDTH * (BITS if BITS != 16 else 8) // 8)  # in elements of the cache
     for first in tl.range(begin, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         visible = slot < end
+        start = head_start
+        own_slot = slot
+        if PAGE > 0:
+            start += tl.load(numbers + first // PAGE).to(tl.int64) * page_stride
+            own_slot = slot % PAGE
         if BITS == 16:
             place = head_start + slot[:, None] * WIDTH + d[None, :]
             kt = tl.trans(tl.load(keys + place, mask=visible[:, None], other=0.0))
             score = tl.dot(x, kt, input_precision="ieee") * scale
             v = tl.load(values + place, mask=visible[:, None], other=0.0)
         else:
-            byte, shift = key_place(slot[:, None], d[None, :], WIDTH, BITS)
-            kb = tl.load(keys + head_start + byte, mask=visible[:, None], other=0)
+            byte, shift = key_place(own_slot[:, None], d[None, :], WIDTH, BITS)
+            kb = tl.load(keys + start + byte, mask=visible[:, None], other=0)
             kt = tl.trans(codes_of(kb, shift, BITS).to(kind))
             score = (tl.dot(x, kt, input_precision="ieee") + tl.dot(rest, kt, input_precision="ieee")) * scale
-            byte, shift = value_place(slot[:, None], d[None, :], WIDTH, BITS)
-            vb = tl.load(values + head_start + byte, mask=visible[:, None], other=0)
+            byte, shift = value_place(own_slot[:, None], d[None, :], WIDTH, BITS)
+            vb = tl.load(values + start + byte, mask=visible[:, None], other=0)
             v = codes_of(vb, shift, BITS).to(kind)
-        score = tl.where((visible & (slot >= PREFIX))[None, :], score, HIDDEN)
+        score = tl.where((visible & (slot >= stored))[None, :], score, HIDDEN)
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(top - new_top)
         p = tl.exp2(score - new_top[:, None])
@@ -203,10 +221,16 @@ def attend(
     out_bits: int,
     out: Tensor,
     splits: int | None = None,
+    table: Tensor | None = None,
 ) -> None:
-    """`kv_attention` into a given output; arguments as the op's, checked by it. `splits` is for tuning."""
+    """`kv_attention` into a given output; arguments as the op's, checked by it. `splits` is for tuning.
+
+    With `table` the caches are the keys and the values of `kv_page_attention`'s pages, (pages, key_heads, page, bytes).
+    """
     rows, heads, width = q.shape
-    key_heads, capacity = key_cache.shape[1:3]
+    key_heads, slots = key_cache.shape[1:3]
+    capacity = slots if table is None else slots * table.shape[1]
+    pages = (None, 0, 0) if table is None else (table, table.stride(0), key_cache.stride(0))
     group, pairs = heads // key_heads, rows * key_heads
     block = BLOCK_FLOAT if bits == 16 else BLOCK_CODES
     if splits is None:
@@ -220,10 +244,14 @@ def attend(
     }
     emitting |= {name: value for name, value in code_constants(out_bits or 8).items() if name in ("LOW", "HIGH")}
     caches = (key_cache, value_cache, lengths, key_scale, value_scale, prefix_key, prefix_value)
-    launch(
+    run = launch if table is None else launch_strided
+    run(
         _attend,
         (pairs, splits),
-        (q, *caches, out_multiplier, partial_out, partial_sums, out, softmax_scale * math.log2(math.e), capacity),
+        (
+            *(q, *caches, out_multiplier, partial_out, partial_sums, out),
+            *(softmax_scale * math.log2(math.e), capacity, *pages),
+        ),
         q.device,
         warps=4,
         stages=STAGES,
@@ -233,6 +261,7 @@ def attend(
         ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
         WIDTH=width,
         BITS=bits,
+        PAGE=0 if table is None else slots,
         BLOCK=block,
         SPLITS=splits,
         **emitting,
