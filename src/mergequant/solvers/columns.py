@@ -10,7 +10,7 @@ from mergequant.grids import IntegerGrid
 from mergequant.grids.quantizer import nearest_code
 from mergequant.ops import backends
 
-__all__ = ["Block", "ColumnQuantizer", "GridColumns", "block_kernel"]
+__all__ = ["Block", "ColumnQuantizer", "GridColumns", "block_kernel", "usable"]
 
 ColumnQuantizer = Callable[[int, Tensor], Tensor]
 
@@ -60,7 +60,7 @@ def block_kernel(rounded: ColumnQuantizer | None, like: Tensor, block: int) -> B
         block: columns.
     """
     plain = rounded is None or (isinstance(rounded, GridColumns) and type(rounded.grid) is IntegerGrid)
-    if not (plain and _usable(like)):
+    if not (plain and usable(like)):
         return None
     from mergequant.ops.triton.columns import MOST_COLUMNS, fix_columns
 
@@ -86,5 +86,6 @@ def block_kernel(rounded: ColumnQuantizer | None, like: Tensor, block: int) -> B
     return fix
 
 
-def _usable(like: Tensor) -> bool:
+def usable(like: Tensor) -> bool:
+    """Whether blocks of columns of this dtype, on this device, may go through one kernel."""
     return like.is_cuda and like.dtype == torch.float32 and backends.missing("triton") is None

@@ -6,6 +6,7 @@ are kept: the code stands for zero, and the rest is stored beside it (`grids/out
 what the stored parts decode to, to the last bit.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from mergequant.errors import UsageError
 from mergequant.grids import IntegerGrid, Outliers, SecondLevel, SparseTensor
 from mergequant.grids.second_level import LARGEST_STATISTIC, SMALLEST_STEP, decode_statistics, encode_statistics
+from mergequant.solvers.columns import usable
 from mergequant.solvers.rounding import Solution
 from mergequant.solvers.sweep import InverseFactor, sweep
 
@@ -136,7 +138,8 @@ def _solve(
     state.kept = None if kept is None or order is None else kept.t()[order].contiguous()
     alive = torch.where(inverse.dead, torch.zeros_like(weight), weight)
     block = size * max(BLOCK // size, 1)
-    sweep(alive, inverse, state.column, begin_group=state.begin_group, group_size=size, block=block)
+    at_once = state.group if usable(alive) and size <= BLOCK else None
+    sweep(alive, inverse, state.column, begin_group=state.begin_group, group_size=size, fix_group=at_once, block=block)
     return Solution(state.stored(order), inverse.damping, inverse.attempts)
 
 
@@ -204,6 +207,33 @@ class _Columns:
             self.residual[position], self.mask[position] = rest, mask
         self.codes[position] = codes.to(torch.int8)
         return decoded
+
+    def group(self, position: int, values: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """`column` for a whole group (size, rows) at once, on a GPU: values, and errors over pivots."""
+        from mergequant.ops.triton.columns import Kept, fix_columns
+
+        own = slice(position, position + self.size)
+        self.position = own.stop
+        scale, zero = (part[None].contiguous() for part in self.found[-1][:2])
+        outliers = Kept(
+            self.codes[own],
+            self.residual[own],
+            self.mask[own],
+            LARGEST_STATISTIC,
+            math.inf if self.limit is None else self.limit,
+            None if self.kept is None else self.kept[own],
+        )
+        return fix_columns(
+            values.contiguous(),
+            -factor.t(),
+            pivots=torch.diagonal(factor).contiguous(),
+            groups=torch.zeros(self.size, dtype=torch.int32, device=values.device),
+            scale=scale,
+            zero=zero,
+            low=self.grid.low,
+            high=self.grid.high,
+            kept=outliers,
+        )
 
     def stored(self, order: Tensor | None) -> SparseTensor:
         """All columns together."""

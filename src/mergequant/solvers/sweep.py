@@ -17,6 +17,7 @@ from mergequant.solvers.columns import ColumnQuantizer, block_kernel
 __all__ = ["InverseFactor", "invert_hessian", "sweep"]
 
 GroupHook = Callable[[int, Tensor], None]
+GroupKernel = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 DAMPING_GROWTH = 3.0
 LARGEST_DAMPING = 1e3
@@ -83,6 +84,7 @@ def sweep(
     *,
     begin_group: GroupHook | None = None,
     group_size: int | None = None,
+    fix_group: GroupKernel | None = None,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Quantize all columns of a weight (rows, width) in the order of `inverse`.
@@ -95,6 +97,9 @@ def sweep(
         begin_group: called at every `group_size`-th position with the position and the compensated columns of the
             group (rows, group_size): a hook for grids that follow the compensated weights.
         group_size: positions per group for `begin_group`; it must divide `block`.
+        fix_group: what `quantize_column` does for a whole group, once it has begun: called with the position, the
+            compensated columns (group_size, rows), and the factor's part (group_size, group_size) of them; returns
+            values and errors over pivots, (group_size, rows) each.
         block: columns updated together; the result does not depend on it up to rounding.
 
     Returns:
@@ -125,6 +130,18 @@ def sweep(
                 columns[stop:] -= factor[start:stop, stop:].t() @ errors
             continue
         errors = torch.empty_like(piece)
+        if begin_group is not None and fix_group is not None and group_size:
+            for i in range(0, stop - start, group_size):
+                own, later = slice(i, i + group_size), slice(i + group_size, None)
+                begin_group(start + i, piece[own].t())
+                result[start + i : start + i + group_size], errors[own] = fix_group(
+                    start + i, piece[own], local[own, own]
+                )
+                piece[later] -= local[own, later].t() @ errors[own]
+            loss += errors.square().sum(0) / 2
+            if stop < width:
+                columns[stop:] -= factor[start:stop, stop:].t() @ errors
+            continue
         pivots = torch.diagonal(local).tolist()
         for i in range(stop - start):
             if begin_group is not None and group_size and (start + i) % group_size == 0:

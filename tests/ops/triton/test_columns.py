@@ -1,11 +1,13 @@
 """A block of columns in one kernel, against the same loop column by column, through GPTQ and coordinate descent."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from mergequant.grids import ClipSearch, IntegerGrid, Quantizer
-from mergequant.solvers import columns, gptq, invert_hessian
+from mergequant.solvers import SparseGroups, columns, gptq, invert_hessian, spqr, strongest
 from mergequant.solvers.coordinate_descent import Descent, quantease
 
 ROWS, WIDTH = 37, 48
@@ -25,7 +27,8 @@ def quantizer(request: pytest.FixtureRequest) -> Quantizer:
 def both(monkeypatch: pytest.MonkeyPatch, solve: object) -> list[Tensor]:
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(columns, "_usable", lambda like, fused=fused: fused)
+        monkeypatch.setattr(columns, "usable", lambda like, fused=fused: fused)
+        monkeypatch.setattr(sys.modules["mergequant.solvers.spqr"], "usable", lambda like, fused=fused: fused)
         found.append(solve().quantized.decode())  # type: ignore[operator]
     return found
 
@@ -48,6 +51,22 @@ def test_descent_expect_what_single_columns_give(
     descent = Descent(sweeps=6, activation_order=order)
     single, fused = both(monkeypatch, lambda: quantease(weight, gram, quantizer, descent))
     assert torch.equal(single, fused)
+
+
+@pytest.mark.parametrize(
+    "groups", [SparseGroups(3, 16), SparseGroups(4, 8, None), SparseGroups(2, 16, whole_zeros=True)]
+)
+@pytest.mark.parametrize("chosen", [False, True])
+def test_spqr_expect_what_single_columns_give(
+    monkeypatch: pytest.MonkeyPatch, groups: SparseGroups, chosen: bool
+) -> None:
+    weight, hessian = problem()
+    inverse = invert_hessian(hessian)
+    kept = strongest(weight.abs(), 0.03) if chosen else None
+    single, fused = both(
+        monkeypatch, lambda: spqr(weight, inverse, groups, threshold=0.05, largest_share=0.1, kept=kept)
+    )
+    torch.testing.assert_close(single, fused, rtol=0, atol=0)
 
 
 def test_block_kernel_expect_none_where_it_cannot_run(quantizer: Quantizer) -> None:
