@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import ClipSearch, IntegerGrid, Quantizer
-from mergequant.solvers import SparseGroups, columns, gptq, invert_hessian, output_error, spqr
+from mergequant.solvers import Solution, SparseGroups, columns, gptq, invert_hessian, output_error, spqr
 from mergequant.solvers.coordinate_descent import Descent, quantease
 
 pytestmark = [
@@ -25,12 +25,12 @@ def problem() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, WIDTH, generator=generator).cuda(), (x.t() @ x).double().cuda()
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, solve: Callable[[], Tensor], weight: Tensor, hessian: Tensor) -> None:
+def compare(monkeypatch: pytest.MonkeyPatch, solve: Callable[[], Solution], weight: Tensor, hessian: Tensor) -> None:
     found = []
     for fused in (False, True):
         for module in (columns, sys.modules["mergequant.solvers.spqr"]):
             monkeypatch.setattr(module, "usable", lambda like, fused=fused: fused)
-        found.append(solve())
+        found.append(solve().quantized.decode())
     single, at_once = found
     assert (single != at_once).float().mean() < 0.2  # one code on a tie turns later ones over
     errors = [output_error(weight - values, hessian) for values in found]
@@ -44,7 +44,7 @@ def test_gptq_and_descent_expect_equal_errors(
     weight, hessian = problem
     quantizer = Quantizer(IntegerGrid(3), group_size=group_size, range=ClipSearch(), zeros=group_size is not None)
     inverse = invert_hessian(hessian)
-    compare(monkeypatch, lambda: gptq(weight, inverse, quantizer).quantized.decode(), weight, hessian)
+    compare(monkeypatch, lambda: gptq(weight, inverse, quantizer), weight, hessian)
     compare(
         monkeypatch,
         lambda: quantease(weight, hessian, quantizer, Descent(sweeps=8)).quantized.decode(),
@@ -56,4 +56,4 @@ def test_gptq_and_descent_expect_equal_errors(
 def test_spqr_expects_equal_errors(monkeypatch: pytest.MonkeyPatch, problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
     inverse = invert_hessian(hessian)
-    compare(monkeypatch, lambda: spqr(weight, inverse, SparseGroups(3, 16)).quantized.decode(), weight, hessian)
+    compare(monkeypatch, lambda: spqr(weight, inverse, SparseGroups(3, 16)), weight, hessian)

@@ -381,9 +381,9 @@ def test_page_attention_when_some_rows_begin_with_the_stored_token_expect_the_re
     own = Case(6, 8, 2, 128, bits, 512, torch.bfloat16, "cuda")
     paged, pages, _ = paged_case(own, 500, 64, 1)
     paged.mark((0, 3, 4))
-    want = torch.empty_like(pages["out"])
+    want = torch.empty_like(pages["out"], dtype=torch.float32)
     with use_backend("torch"):
-        kv_page_attention(**(pages | {"out": want}))
+        kv_page_attention(**(pages | {"q": pages["q"].float(), "out": want} | floats(pages)))
     with use_backend(backend):
         kv_page_attention(**pages)
     assert relative(pages["out"], want) < TOLERANCE, worst("rows", pages["out"], want)
