@@ -45,12 +45,8 @@ def test_gptq_and_descent_expect_equal_errors(
     quantizer = Quantizer(IntegerGrid(3), group_size=group_size, range=ClipSearch(), zeros=group_size is not None)
     inverse = invert_hessian(hessian)
     compare(monkeypatch, lambda: gptq(weight, inverse, quantizer), weight, hessian)
-    compare(
-        monkeypatch,
-        lambda: quantease(weight, hessian, quantizer, Descent(sweeps=8)).quantized.decode(),
-        weight,
-        hessian,
-    )
+    descent = Descent(sweeps=8)
+    compare(monkeypatch, lambda: quantease(weight, hessian, quantizer, descent), weight, hessian)
 
 
 def test_spqr_expects_equal_errors(monkeypatch: pytest.MonkeyPatch, problem: tuple[Tensor, Tensor]) -> None:
