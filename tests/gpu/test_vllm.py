@@ -172,7 +172,7 @@ class Distance:
 
 
 def forced(folder: Path, dtype: torch.dtype, bits: int, answers: Sequence[Answer]) -> Tensor:
-    """Logits (answers, tokens, vocabulary) of the project's own loop where the engine chose: the whole prompt, then token
+    """Logits (answers, tokens, vocabulary) of the project's own loop where the engine chose: whole prompts, then token
     by token through a cache of `bits` bits. In float32 by the references."""
     decoder = extract(mergequant.load(folder, dtype=dtype, device="cuda", serve=False), bits)
     skipped = 0 if decoder.prefix is None else 1  # the stored token stands for BOS
