@@ -106,9 +106,8 @@ class Sparse:
         assert chosen is not None
         shapes = ((4, 4), (4, 6), (8, 2), (8, 3), (16, 1))
         tried = [replace(chosen, warps=warps, blocks=blocks) for warps, blocks in shapes]
-        tried += [replace(chosen, fused=not chosen.fused)] if x.shape[0] <= cuda_sparse.FUSED_TOKENS else []
         return {
-            f"warps {own.warps} blocks {own.blocks} fused {own.fused}": partial(
+            f"warps {own.warps} blocks {own.blocks}": partial(
                 cuda_sparse.linear, x, *self.dense, self.order, *self.outliers, None, TILE, configuration=own
             )
             for own in tried

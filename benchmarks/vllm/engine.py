@@ -76,7 +76,6 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
         enable_prefix_caching=False,
         disable_log_stats=True,
         seed=0,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
         **given["arguments"],
     )
 

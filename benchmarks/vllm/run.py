@@ -19,9 +19,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial as partial_of
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -93,15 +95,22 @@ def main() -> None:
     }
     folders = _folders(names, given)
     batches = [tuple(names[first : first + given.together]) for first in range(0, len(names), given.together)]
-    for number in range(given.rounds):
-        for batch, found in side_by_side(batches, places, lambda batch, gpus: _run(batch, folders, gpus, given)):
-            for name, figures in zip(batch, found):
-                print(f"round {number + 1}: {name}, {figures.get('error') or figures['seconds']}", flush=True)
-                results["runs"].append({"scheme": name, "round": number, **figures})
+    writing = threading.Lock()
+
+    def record(name: str, number: int, figures: dict[str, Any]) -> None:
+        """Keep what a scheme gave at once: another one may take all the time that is left."""
+        with writing:
+            print(f"round {number + 1}: {name}, {figures.get('error') or figures['seconds']}", flush=True)
+            results["runs"].append({"scheme": name, "round": number, **figures})
             results["runs"].sort(key=lambda run: (run["round"], names.index(run["scheme"])))
             partial = given.out.with_name(given.out.name + ".tmp")
             partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             partial.replace(given.out)
+
+    for number in range(given.rounds):
+        run = partial_of(_run, folders=folders, given=given, keep=partial_of(record, number=number))
+        for _ in side_by_side(batches, places, run):
+            pass
         places = places[1:] + places[:1]  # a scheme meets another GPU in each round
     print(table(results))
 
@@ -165,13 +174,20 @@ def _folders(names: Sequence[str], given: argparse.Namespace) -> dict[str, Path]
     return {name: write_folder(given.shape, name, given.folders, given.layers) for name in names}
 
 
-def _run(names: Sequence[str], folders: dict[str, Path], gpus: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Figures of schemes on the same GPUs: their engines start together and are measured in turn."""
+def _run(
+    names: Sequence[str],
+    gpus: str,
+    folders: dict[str, Path],
+    given: argparse.Namespace,
+    keep: Callable[..., None],
+) -> None:
+    """keep(name, figures=) of schemes on the same GPUs: their engines start together and are measured in turn."""
     engines = [Engine(name, folders[name], gpus, given) for name in names]
     try:
         for engine in engines:
             engine.wait_for(engine.ready)
-        return [engine.measure() for engine in engines]
+        for name, engine in zip(names, engines):
+            keep(name, figures=engine.measure())
     finally:
         for engine in engines:
             engine.end()

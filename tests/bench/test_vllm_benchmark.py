@@ -172,7 +172,9 @@ def test_engines_of_a_gpu_start_together_and_are_measured_in_turn(
         quick=True, tensor_parallel=1, kv="auto", minutes=1, together=3, folders=tmp_path, path=[]
     )
     names = ("bf16", "fp8", "int8")
-    first, broken, last = run._run(names, dict.fromkeys(names, tmp_path), "3", given)
+    found: dict[str, dict[str, Any]] = {}
+    run._run(names, "3", dict.fromkeys(names, tmp_path), given, lambda name, figures: found.update({name: figures}))
+    first, broken, last = (found[name] for name in names)
     assert first["ready"] == last["ready"] == 2
     assert first["at"] < last["at"]
     assert first["gpu"] == "3"

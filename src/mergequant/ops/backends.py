@@ -24,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "CUDA_ARCHITECTURES",
     "choose",
+    "forced",
     "missing",
     "reason_against",
     "report_fallback",
@@ -100,11 +101,11 @@ def choose(op: str, device: torch.device, first: str | None = None) -> str:
         UsageError: `use_backend` or the variable MERGEQUANT_BACKEND asks for something that is no backend.
     """
     order = BACKENDS[op]
-    forced = _forced.get() or os.environ.get(VARIABLE)
-    if forced:
-        if forced not in NAMES:
-            raise UsageError(f"{VARIABLE} is {forced!r}; known backends are {', '.join(NAMES)}")
-        return forced if forced in order else order[-1]
+    asked = forced()
+    if asked:
+        if asked not in NAMES:
+            raise UsageError(f"{VARIABLE} is {asked!r}; known backends are {', '.join(NAMES)}")
+        return asked if asked in order else order[-1]
     if device.type != "cuda":
         return "torch"
     return _choose(op, _architecture(device), first)
@@ -168,6 +169,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or the variable MERGEQUANT_BACKEND asks for."""
+    return _forced.get() or os.environ.get(VARIABLE) or None
 
 
 def report_fallback(op: str, reason: str) -> None:

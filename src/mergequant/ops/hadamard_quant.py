@@ -160,10 +160,13 @@ def _backend(op: str, x: Tensor, width: int, gathers: bool = False) -> str:
     backend = backend_for(op, x)
     if backend == "cuda":
         reason = _cuda().reason_against(width, x.dtype, gathers)
-        if reason is None:
+        rows = x.numel() // max(x.shape[-1], 1)
+        triton = backends.missing("triton") is None
+        kind = {"gated": op.startswith("silu_mul"), "dynamic": "dynamic" in op}
+        if reason is None and (backends.forced() or not triton or _cuda().pays(width, rows, **kind)):
             return backend
-        backend = "triton" if "triton" in backends.BACKENDS[op] and backends.missing("triton") is None else "torch"
-        if x.dtype != torch.float32 and not gathers:  # which Triton is meant for
+        backend = "triton" if triton and "triton" in backends.BACKENDS[op] else "torch"
+        if reason is not None and x.dtype != torch.float32 and not gathers:  # which Triton is meant for
             backends.report_fallback(op, f"{reason}: {backend} runs")
     if backend == "triton":
         gpu = (torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor,) if x.is_cuda else ()

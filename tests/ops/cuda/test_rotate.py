@@ -64,3 +64,11 @@ def test_kernel_when_compiled_expect_no_spills_and_a_block_s_registers(width: in
 def test_backends_expect_cuda_first_and_composition_for_products() -> None:
     assert backends.BACKENDS["hadamard_quant"] == ("cuda", "triton", "torch")
     assert backends.BACKENDS["silu_mul_hadamard_quant"] == ("cuda", "torch")
+
+
+def test_kernel_pays_where_it_was_measured_to() -> None:
+    assert rotate.pays(11008, 2048, gated=False, dynamic=False)
+    assert not rotate.pays(11008, 1, gated=False, dynamic=False)
+    assert rotate.pays(11008, 1, gated=False, dynamic=True)
+    assert not rotate.pays(4096, 16384, gated=False, dynamic=False)
+    assert rotate.pays(4096, 2048, gated=True, dynamic=False)

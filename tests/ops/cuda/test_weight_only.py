@@ -46,7 +46,7 @@ def test_sparse_when_compiled_expect_tensor_cores_and_no_spills(tokens: int, wid
     chosen = sparse_dense.choose(tokens, width)
     assert chosen is not None
     assert chosen.tokens == tokens
-    ptx, registers = compiled(sparse_dense.unit(chosen, group, kind, 16, True, True, False))
+    ptx, registers = compiled(sparse_dense.unit(chosen, group, kind, 16, True, False))
     assert registers * 32 * chosen.warps * chosen.blocks <= REGISTERS
     assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 8 * (1 + (tokens > 8))
     assert ptx.count("griddepcontrol.wait") == 1

@@ -15,6 +15,7 @@ from mergequant.ops.overlap import overlaps
 __all__ = [
     "hadamard_dynamic_quant",
     "hadamard_quant",
+    "pays",
     "reason_against",
     "rotate_unit",
     "sign_words",
@@ -30,6 +31,9 @@ STEPS_OF_A_WORD = 4
 BUFFERS = 2
 ALIGNMENT = 16  # bytes of an access
 DTYPES = (torch.bfloat16, torch.float16)
+# From so many rows on the kernel is faster than Triton's (`benchmarks/elementwise_backends.py` on an NVIDIA H200).
+STATIC_ROWS, DYNAMIC_ROWS, GATED_ROWS = 16, 1, 64
+SMALL_LINES = 64  # up to which Triton's two small products are as fast at any number of rows, SwiGLU apart
 
 
 def reason_against(width: int, dtype: torch.dtype, gathers: bool = False) -> str | None:
@@ -42,6 +46,13 @@ def reason_against(width: int, dtype: torch.dtype, gathers: bool = False) -> str
     if not built.is_hadamard or built.power % INNER or width // INNER > MOST_LINES:
         return f"the CUDA kernel has no cut of width {width} ({built.name})"
     return None
+
+
+def pays(width: int, rows: int, *, gated: bool, dynamic: bool) -> bool:
+    """Whether the kernel is faster than Triton's for so many rows."""
+    if gated:
+        return rows >= GATED_ROWS
+    return width // INNER > SMALL_LINES and rows >= (DYNAMIC_ROWS if dynamic else STATIC_ROWS)
 
 
 def rotate_unit(

@@ -15,9 +15,7 @@ constexpr int GROUP = MQ_GROUP;      // columns that share statistics: 8, 16 or 
 constexpr int KIND = MQ_KIND;        // 0: scales; 1: scales and zeros, both float16; 2: codes of both, and their grids
 constexpr int TILE = MQ_TILE;        // rows, in tiles of 16, that share grids
 constexpr bool SPARSE = MQ_SPARSE;   // there are outliers
-constexpr bool FUSED = MQ_FUSED;     // inputs are made here from x, else by arrange.cu
-constexpr bool ORDERED = MQ_ORDERED;  // and stored columns have an order of their own
-constexpr bool HALF = MQ_HALF;       // x and results are float16, else bfloat16
+constexpr bool HALF = MQ_HALF;       // results are float16, else bfloat16
 constexpr int WARPS = MQ_WARPS;      // that share k
 constexpr int BLOCKS = MQ_BLOCKS;    // of a multiprocessor, side by side
 
@@ -78,17 +76,15 @@ MQ_DEVICE void weights_of(u32 (&to)[4], u32 word, u32 scale, u32 offset) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids, const i32* pointers,
-             const u16* columns, const u16* values, const u16* order, const float* bias, const u16* x, const U4* image,
-             const float* factors, const u16* natural, u16* result, int rows, int outputs, int width) {
+             const u16* columns, const u16* values, const float* bias, const U4* image, const float* factors,
+             const u16* natural, u16* result, int rows, int outputs, int width) {
     extern __shared__ __align__(128) u8 shared[];
-    __shared__ u32 most[TOKENS][WARPS];
     __shared__ float backs[TOKENS];  // by which results are multiplied
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int chunks = (width + CHUNK - 1) / CHUNK, tiles = (outputs + 15) / 16;
     const u32 groups = static_cast<u32>(width) / GROUP;
     const int pitch = token_pitch(width);
-    u8* const raw = shared + TOKENS * pitch;  // FUSED: x as it is
-    float* const buffers = reinterpret_cast<float*>(raw + (FUSED ? TOKENS * 2 * width : 0));  // two of [WARPS + 1][SUMS]
+    float* const buffers = reinterpret_cast<float*>(shared + TOKENS * pitch);  // two of [WARPS + 1][SUMS]
 
     // Past the end of the rows or columns the last ones are read: inputs there are 0, or outputs nobody's.
     Piece ahead = {};
@@ -152,54 +148,15 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
         stretch_of(next, blockIdx.x + gridDim.x);
         stretch_of(after, blockIdx.x + 2 * gridDim.x);
     }
-    // The order of eight columns waits where these columns of the last token will be; a thread reads its own.
-    auto piece_at = [&](int token, int i) {
-        return reinterpret_cast<U4*>(shared + token * pitch) + (i / 16 * 16 + i % 4 * 4 + i % 16 / 4);
-    };
-    const int pieces = chunks * (CHUNK / 8);
-    if constexpr (FUSED && ORDERED)
-        for (int i = threadIdx.x; i < width / 8; i += THREADS)
-            copy_async<16>(shared_address(piece_at(rows - 1, i)), order + i * 8);
     if constexpr (SPARSE) request_outliers();
     prefetch(blockIdx.x + gridDim.x);
 
     overlap_launch();
     overlap_wait();
-    float factor[TOKENS] = {};
-    if constexpr (FUSED) {
-        const u16* const own_x = reinterpret_cast<const u16*>(raw);
-        for (int i = threadIdx.x; i < rows * width / 8; i += THREADS)
-            copy_async<16>(shared_address(raw) + i * 16, x + i * 8);
-        copies_wait();
-        __syncthreads();
-#pragma unroll
-        for (int token = 0; token < TOKENS; ++token) {
-            const U4* const from = reinterpret_cast<const U4*>(own_x + token * width);
-            u32 largest = 0;
-            for (int i = threadIdx.x; token < rows && i < width / 8; i += THREADS)
-                largest = max(largest, largest_of(from[i]));
-            largest = __reduce_max_sync(0xFFFFFFFFu, largest);
-            if (lane == 0) most[token][warp] = largest;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int token = 0; token < TOKENS; ++token) {
-            const Scale scale = scale_for<HALF>(__reduce_max_sync(0xFFFFFFFFu, most[token][lane % WARPS]));
-            factor[token] = scale.factor;
-            if (threadIdx.x == 0) backs[token] = scale.back;
-            for (int i = threadIdx.x; token < rows && i < pieces; i += THREADS) {
-                U4 piece = {};
-                if (i * 8 < width)
-                    piece = arranged<HALF, ORDERED>(own_x + token * width, *piece_at(rows - 1, i), i * 8, scale.factor);
-                *piece_at(token, i) = piece;
-            }
-        }
-    } else {
-        for (int i = threadIdx.x; i < rows * pitch / 16; i += THREADS)
-            copy_async<16>(shared_address(shared) + i * 16, image + i);
-        if (static_cast<int>(threadIdx.x) < rows) backs[threadIdx.x] = factors[threadIdx.x];
-        copies_wait();
-    }
+    for (int i = threadIdx.x; i < rows * pitch / 16; i += THREADS)
+        copy_async<16>(shared_address(shared) + i * 16, image + i);
+    if (static_cast<int>(threadIdx.x) < rows) backs[threadIdx.x] = factors[threadIdx.x];
+    copies_wait();
     __syncthreads();
 
     int buffer = 0;
@@ -247,13 +204,7 @@ sparse_dense(const u8* codes, const u8* scales, const u8* zeros, const u8* grids
             float own[TOKENS] = {};
             auto add = [&](u32 column, u32 entry) {
                 const float value = f16_low(entry);
-                if constexpr (FUSED) {
-#pragma unroll
-                    for (int k = 0; k < TOKENS; ++k) {
-                        const u16 input = reinterpret_cast<const u16*>(raw)[min(k, rows - 1) * width + column];
-                        own[k] += value * (input_of<HALF>(input) * factor[k]);
-                    }
-                } else if constexpr (TOKENS == 1) {
+                if constexpr (TOKENS == 1) {
                     own[0] += value * f16_low(natural[column]);
                 } else {
                     u32 x[(TOKENS + 1) / 2];

@@ -18,7 +18,6 @@ TILE = 16  # outputs of a block at a time; rows that share statistics are whole 
 MOST_TOKENS = 16  # of a launch: more take several
 SUM_ROW = 20  # words of 16 sums, as in half.cuh
 SMALL_GROUPS = (8, 16)
-FUSED_TOKENS = 4  # up to which the kernel arranges its inputs itself, where they fit
 SHAPES = ((8, 3), (8, 2), (16, 1))  # warps of a block, which share k, and blocks side by side: the first that fits
 MANY_TOKENS, MANY_SHAPES = 8, ((8, 2), (16, 1))  # and from so many on
 STATIC = 2048  # bytes of shared memory of a block that are not counted here
@@ -29,17 +28,16 @@ SCALES, ZEROS, LEVELS = range(3)  # kinds of statistics, as in sparse_dense.cu
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tokens of a launch; warps of a block, which share k; blocks side by side; whether inputs are arranged in it."""
+    """Tokens of a launch; warps of a block, which share k; blocks side by side."""
 
     tokens: int
     warps: int
     blocks: int
-    fused: bool
 
     def shared(self, width: int) -> int:
-        """Bytes of shared memory of a block: inputs, arranged and as they are, and two buffers of sums."""
+        """Bytes of shared memory of a block: inputs, and two buffers of sums."""
         sums = 2 * (self.warps + 1) * SUM_ROW * 4
-        return self.tokens * (token_bytes(width) + (2 * width if self.fused else 0) + sums)
+        return self.tokens * (token_bytes(width) + sums)
 
     def fits(self, width: int) -> bool:
         """Whether its blocks fit side by side."""
@@ -52,11 +50,10 @@ def choose(tokens: int, width: int) -> Configuration | None:
     """Configuration for so many tokens, all in one launch if that fits; None: not even one token does."""
     size = min(MOST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
     while size:
-        for fused in (True, False) if size <= FUSED_TOKENS else (False,):
-            for warps, blocks in MANY_SHAPES if size >= MANY_TOKENS else SHAPES:
-                known = Configuration(size, warps, blocks, fused)
-                if known.fits(width):
-                    return known
+        for warps, blocks in MANY_SHAPES if size >= MANY_TOKENS else SHAPES:
+            known = Configuration(size, warps, blocks)
+            if known.fits(width):
+                return known
         size //= 2
     return None
 
@@ -85,10 +82,8 @@ def reason_against(
 
 
 @cache
-def unit(
-    configuration: Configuration, group: int, kind: int, tile: int, sparse: bool, ordered: bool, half: bool
-) -> Unit:
-    """What is compiled; `tile`: rows that share statistics; `half`: x and results are float16, else bfloat16."""
+def unit(configuration: Configuration, group: int, kind: int, tile: int, sparse: bool, half: bool) -> Unit:
+    """What is compiled; `tile`: rows that share statistics; `half`: results are float16, else bfloat16."""
     return Unit(
         "sparse_dense.cu",
         (
@@ -97,8 +92,6 @@ def unit(
             ("MQ_KIND", kind),
             ("MQ_TILE", max(tile // TILE, 1)),
             ("MQ_SPARSE", int(sparse)),
-            ("MQ_FUSED", int(configuration.fused)),
-            ("MQ_ORDERED", int(configuration.fused and ordered)),
             ("MQ_HALF", int(half)),
             ("MQ_WARPS", configuration.warps),
             ("MQ_BLOCKS", configuration.blocks),
@@ -134,29 +127,28 @@ def linear(
         raise KernelError(f"sparse_dense_linear: a row of {width} inputs does not fit; see reason_against")
     result = torch.empty((count, outputs), dtype=x.dtype, device=x.device)
     # All that may launch something comes before the first kernel of ours: the next one reads it early.
-    given = (codes, scale, zero, statistics, pointers, columns, values, order)
+    given = (codes, scale, zero, statistics, pointers, columns, values)
     weight = [None if part is None else _aligned(part) for part in given]
     offset = None if bias is None else bias.float().contiguous()
     sparse = pointers is not None
-    inputs = None if configuration.fused else arrange(rows, weight[-1], configuration.tokens, sparse)
+    inputs = arrange(rows, None if order is None else _aligned(order), configuration.tokens, sparse)
     kind = LEVELS if statistics is not None else SCALES if zero is None else ZEROS
-    made = unit(configuration, width // groups, kind, tile, sparse, order is not None, x.dtype == torch.float16)
-    # Its constants must have been written long before: not copied just now, where kernels overlap anyway.
+    made = unit(configuration, width // groups, kind, tile, sparse, x.dtype == torch.float16)
+    # What it reads early was written before `arrange` began: unless it was copied just now, and that overlaps, too.
     copied = any(own is not old for own, old in zip(weight, given))
-    early = not copied if overlaps(x.device) else inputs is not None
+    early = not (copied and overlaps(x.device))
     blocks = min(-(-outputs // TILE), configuration.blocks * multiprocessors(x.device))
     for number, start in enumerate(range(0, count, configuration.tokens)):
         own = slice(start, start + configuration.tokens)
-        natural = None if inputs is None or inputs.natural is None else inputs.natural[number]
+        natural = None if inputs.natural is None else inputs.natural[number]
         kernel(made, "sparse_dense", x.device).launch(
             (blocks, 1, 1),
             32 * configuration.warps,
             (
                 *weight,
                 offset,
-                rows[own],
-                None if inputs is None else inputs.image[own],
-                None if inputs is None else inputs.factors[own],
+                inputs.image[own],
+                inputs.factors[own],
                 natural,
                 result[own],
                 min(configuration.tokens, count - start),
@@ -166,7 +158,6 @@ def linear(
             shared=configuration.shared(width),
             overlap=early,
         )
-        early = True
     return result.view(*x.shape[:-1], outputs)
 
 
