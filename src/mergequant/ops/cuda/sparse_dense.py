@@ -18,8 +18,7 @@ TILE = 16  # outputs of a block at a time; rows that share statistics are whole 
 MOST_TOKENS = 16  # of a launch: more take several
 SUM_ROW = 20  # words of 16 sums, as in half.cuh
 SMALL_GROUPS = (8, 16)
-SHAPES = ((8, 3), (8, 2), (16, 1))  # warps of a block, which share k, and blocks side by side: the first that fits
-MANY_TOKENS, MANY_SHAPES = 8, ((8, 2), (16, 1))  # and from so many on
+SHAPES = ((8, 2), (16, 1))  # warps of a block, which share k, and blocks side by side: the first that fits
 STATIC = 2048  # bytes of shared memory of a block that are not counted here
 LARGEST_WEIGHT = 1 << 31  # bytes of each of its parts then have numbers of 32 bits
 SHARED_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
@@ -50,7 +49,7 @@ def choose(tokens: int, width: int) -> Configuration | None:
     """Configuration for so many tokens, all in one launch if that fits; None: not even one token does."""
     size = min(MOST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
     while size:
-        for warps, blocks in MANY_SHAPES if size >= MANY_TOKENS else SHAPES:
+        for warps, blocks in SHAPES:
             known = Configuration(size, warps, blocks)
             if known.fits(width):
                 return known
