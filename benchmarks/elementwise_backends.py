@@ -3,7 +3,8 @@
     python benchmarks/elementwise_backends.py [--json OUT]
 
 bfloat16 rows of Llama-2-7B's widths to int8 codes. Every figure is the median over passes of a captured graph of calls
-that overlap as in a decode step, in microseconds for one call; `gb_s` counts what must be read and written.
+that overlap as in a decode step, in microseconds for one call; `gb_s` counts what must be read and written. Rotations with
+SwiGLU are also run with other numbers of blocks on a multiprocessor than the usual one.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,6 +57,26 @@ def cases(tokens: int) -> dict[str, tuple[Callable[[], object], int]]:
     }
 
 
+def repeated(call: Callable[[], object]) -> None:
+    """`CALLS` calls that overlap."""
+    with overlapping():
+        for _ in range(CALLS):
+            call()
+
+
+def shapes_of_rotation(tokens: int) -> dict[str, Callable[[], object]]:
+    """A call of the CUDA rotation with SwiGLU for each width and number of blocks."""
+    from mergequant.ops.cuda import rotate
+
+    step = torch.full((1,), 20.0, device="cuda")
+    calls: dict[str, Callable[[], object]] = {}
+    for width, counts in ((CHANNELS, (4, 6)), (FFN, (1, 2))):
+        pairs = torch.randn(tokens, 2 * width, device="cuda", dtype=torch.bfloat16)
+        for blocks in counts:
+            calls[f"{width} x {blocks}"] = partial(rotate.silu_mul_hadamard_quant, pairs, step, None, 8, blocks=blocks)
+    return calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -67,9 +89,8 @@ def main() -> None:
             for backend in BACKENDS:
 
                 def many(call: Callable[[], object] = call, backend: str = backend) -> None:
-                    with use_backend(backend), overlapping():
-                        for _ in range(CALLS):
-                            call()
+                    with use_backend(backend):
+                        repeated(call)
 
                 replays[backend] = capture(many, device)
             found = interleaved(replays, device, PASSES)
@@ -87,6 +108,11 @@ def main() -> None:
                 )
             line = ", ".join(f"{row['backend']} {row['us']:.2f} us" for row in rows[-len(BACKENDS) :])
             print(f"{name:28s} {tokens:5d} tokens: {line}, cuda {rows[-1]['vs_triton']:.2f}x", flush=True)
+    for tokens in TOKENS[-2:]:
+        replays = {name: capture(partial(repeated, call), device) for name, call in shapes_of_rotation(tokens).items()}
+        found = interleaved(replays, device, PASSES)
+        told = ", ".join(f"{name} blocks {1e3 * times.ms / CALLS:.1f} us" for name, times in found.items())
+        print(f"silu_mul, hadamard_quant     {tokens:5d} tokens: {told}", flush=True)
     ratios = [row["vs_triton"] for row in rows if row["backend"] == "cuda"]
     print(f"median {statistics.median(ratios):.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x")
     if arguments.json:

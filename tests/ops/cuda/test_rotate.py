@@ -61,6 +61,16 @@ def test_kernel_when_compiled_expect_no_spills_and_a_block_s_registers(width: in
         assert result.ptx.count("mma.sync") == 8 * warps
 
 
+@pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
+def test_kernel_with_two_blocks_side_by_side_expect_no_spills() -> None:
+    unit = rotate.rotate_unit(11008, torch.bfloat16, 4, gated=True, dynamic=False, multiplier=1, blocks=2)
+    log = compiler.compile_unit(unit, "sm_90a").log
+    assert "0 bytes spill stores, 0 bytes spill loads" in log
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers
+    assert int(registers[1]) * 32 * 6 <= 65536 // 4
+
+
 def test_backends_expect_cuda_first_and_composition_for_products() -> None:
     assert backends.BACKENDS["hadamard_quant"] == ("cuda", "triton", "torch")
     assert backends.BACKENDS["silu_mul_hadamard_quant"] == ("cuda", "torch")

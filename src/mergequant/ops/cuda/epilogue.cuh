@@ -28,6 +28,14 @@ MQ_DEVICE float swiglu(float gate, float up) {
     return __fmul_rn(__fdividef(gate, 1.0f + __expf(-gate)), up);
 }
 
+// value / divisor as IEEE rounds it, with three instructions where a division takes about ten: the first fused
+// multiply-add yields what value * reciprocal leaves over, without rounding, the second adds its share (Markstein 1990).
+// `reciprocal` is 1 / divisor rounded to nearest; one is enough for a row.
+MQ_DEVICE float quotient(float value, float divisor, float reciprocal) {
+    const float first = __fmul_rn(value, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-divisor, first, value), reciprocal, first);
+}
+
 // Nearest code of BITS bits, two's complement, ties to even.  A NaN becomes 0, as cvt does.
 template <int BITS>
 MQ_DEVICE i32 code_of(float value) {

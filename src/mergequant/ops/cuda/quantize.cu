@@ -57,14 +57,6 @@ static_quant(const X* x, const float* multiplier, const i32* index, const float*
 #else
 constexpr int HELD = MQ_HELD;  // groups of a row that a thread keeps; 0: rows are too long
 
-// value / divisor as IEEE rounds it, with three instructions where a division takes about ten: the first fused
-// multiply-add yields what value * reciprocal leaves over, without rounding, the second adds its share (Markstein 1990).
-// `reciprocal` is 1 / divisor rounded to nearest; one is enough for a row.
-MQ_DEVICE float quotient(float value, float divisor, float reciprocal) {
-    const float first = __fmul_rn(value, reciprocal);
-    return __fmaf_rn(__fmaf_rn(-divisor, first, value), reciprocal, first);
-}
-
 MQ_DEVICE float largest_of(float largest, const float (&value)[GROUP]) {
 #pragma unroll
     for (int j = 0; j < GROUP; j++) largest = fmaxf(largest, fabsf(value[j]));

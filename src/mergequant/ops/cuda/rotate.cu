@@ -7,8 +7,7 @@
 //
 // The outer factor goes first, on tensor cores: its signs and the 16-bit inputs are exact there, so nothing is rounded
 // but float32 sums. The inner one, Sylvester's matrix of order 64, then takes six butterflies in registers. A block has
-// a whole row, a warp 16 lines of the product: its part of the outer factor stays in registers for all rows of the block,
-// and the next row is fetched while this one is multiplied.
+// a whole row, a warp 16 lines of the product: its part of the outer factor stays in registers for all rows of the block.
 //
 // Columns. Lane (g, t) of a product of 16 x 8 holds columns 2 t and 2 t + 1 of eight products n. Column 2 t + j of
 // product n stands for channel 16 t + 2 n + j of a line, so that a lane ends up with 16 neighbouring codes, one access.
@@ -25,12 +24,13 @@ constexpr bool GATED = MQ_GATED, DYNAMIC = MQ_DYNAMIC;
 constexpr int BITS = MQ_BITS;
 constexpr int MULTIPLIER = MQ_MULTIPLIER, SHIFT = MQ_SHIFT;  // 0: none, 1: one for all channels, 2: one for each
 constexpr int BLOCKS = MQ_BLOCKS;       // on a multiprocessor: limits the registers
+constexpr bool AHEAD = MQ_AHEAD;        // the next row is fetched while this one is multiplied: more registers
 
 constexpr int B = 64, WIDTH = A * B;
 constexpr int WARPS = (A + 15) / 16, THREADS = 32 * WARPS;
 constexpr int STEPS = WARPS;            // of the product, 16 lines of X each
 constexpr int SIGN_WORDS = (STEPS + 3) / 4;
-constexpr bool EXPANDED = STEPS <= 12;  // a thread keeps its part of the outer factor as numbers, or as signs
+constexpr bool EXPANDED = AHEAD && STEPS <= 12;  // a thread keeps its part of the outer factor as numbers, or as signs
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u, SIGNS = 0x80008000u;
 constexpr int LINE_BYTES = 2 * B, BUFFER_BYTES = 16 * WARPS * LINE_BYTES;
 constexpr int GROUP = 8;                // channels of an access
@@ -111,12 +111,6 @@ struct Fetched {
     }
 };
 
-// value / divisor as IEEE rounds it; `reciprocal` is 1 / divisor rounded to nearest (Markstein 1990).
-MQ_DEVICE float quotient(float value, float divisor, float reciprocal) {
-    const float first = __fmul_rn(value, reciprocal);
-    return __fmaf_rn(__fmaf_rn(-divisor, first, value), reciprocal, first);
-}
-
 // Sums and differences of pairs of values whose channels differ in one bit: six bits of a channel in its line. v[n][j] is
 // channel 16 t + 2 n + j.
 MQ_DEVICE void butterflies(float (&v)[8][2], int t) {
@@ -173,12 +167,13 @@ rotate(const u16* x, const u32* factors, const float* multiplier, const float* s
 
     Fetched fetched;
     int row = blockIdx.x;
-    if (row < rows) fetched.load(x + row * PITCH);
+    if (AHEAD && row < rows) fetched.load(x + row * PITCH);
     for (int turn = 0; row < rows; row += gridDim.x, turn ^= 1) {
         const u32 buffer = buffers + turn * BUFFER_BYTES;
+        if (!AHEAD) fetched.load(x + row * PITCH);
         fetched.store(buffer);
         __syncthreads();  // the other buffer is free as well: all have multiplied it before they came here
-        if (row + static_cast<int>(gridDim.x) < rows) fetched.load(x + (row + gridDim.x) * PITCH);
+        if (AHEAD && row + static_cast<int>(gridDim.x) < rows) fetched.load(x + (row + gridDim.x) * PITCH);
 
         if constexpr (!EXPANDED) {
 #pragma unroll

@@ -26,7 +26,7 @@ __all__ = [
 INNER = 64  # order of the butterflies
 MOST_LINES = 256  # of X: a block of 16 warps, 16 lines each
 TILE = 16  # lines of a product, and of a step of it
-WARPS = 16  # on a multiprocessor: 128 registers for a thread
+WARPS = 16  # on a multiprocessor: 128 registers for a thread, enough to fetch a row ahead
 STEPS_OF_A_WORD = 4
 BUFFERS = 2
 ALIGNMENT = 16  # bytes of an access
@@ -56,10 +56,22 @@ def pays(width: int, rows: int, *, gated: bool, dynamic: bool) -> bool:
 
 
 def rotate_unit(
-    width: int, dtype: torch.dtype, bits: int, *, gated: bool, dynamic: bool, multiplier: int = 0, shift: int = 0
+    width: int,
+    dtype: torch.dtype,
+    bits: int,
+    *,
+    gated: bool,
+    dynamic: bool,
+    multiplier: int = 0,
+    shift: int = 0,
+    blocks: int | None = None,
 ) -> Unit:
-    """The kernel for rows of `width` rotated values. Kinds of vectors: 0 none, 1 one element, 2 one for each code."""
+    """The kernel for rows of `width` rotated values. Kinds of vectors: 0 none, 1 one element, 2 one for each code.
+
+    `blocks` on a multiprocessor; more than fit with a row fetched ahead fetch none.
+    """
     lines = width // INNER
+    usual = max(1, WARPS // warps(lines))
     return Unit(
         "rotate.cu",
         (
@@ -70,7 +82,8 @@ def rotate_unit(
             ("MQ_BITS", bits),
             ("MQ_MULTIPLIER", multiplier),
             ("MQ_SHIFT", shift),
-            ("MQ_BLOCKS", max(1, WARPS // warps(lines))),
+            ("MQ_BLOCKS", blocks or usual),
+            ("MQ_AHEAD", int((blocks or usual) <= usual)),
         ),
     )
 
@@ -105,9 +118,11 @@ def hadamard_quant(x: Tensor, multiplier: Tensor, shift: Tensor | None, bits: in
     return _static(x, multiplier, shift, bits, gated=False)
 
 
-def silu_mul_hadamard_quant(gate_up: Tensor, multiplier: Tensor, shift: Tensor | None, bits: int) -> Tensor:
-    """`silu_mul_hadamard_quant` of checked arguments, without a gather."""
-    return _static(gate_up, multiplier, shift, bits, gated=True)
+def silu_mul_hadamard_quant(
+    gate_up: Tensor, multiplier: Tensor, shift: Tensor | None, bits: int, *, blocks: int | None = None
+) -> Tensor:
+    """`silu_mul_hadamard_quant` of checked arguments, without a gather; `blocks` as for `rotate_unit`."""
+    return _static(gate_up, multiplier, shift, bits, gated=True, blocks=blocks)
 
 
 def hadamard_dynamic_quant(x: Tensor, clip_ratio: float, bits: int) -> tuple[Tensor, Tensor]:
@@ -120,11 +135,13 @@ def silu_mul_hadamard_dynamic_quant(gate_up: Tensor, clip_ratio: float, bits: in
     return _dynamic(gate_up, clip_ratio, bits, gated=True)
 
 
-def _static(x: Tensor, multiplier: Tensor, shift: Tensor | None, bits: int, *, gated: bool) -> Tensor:
+def _static(
+    x: Tensor, multiplier: Tensor, shift: Tensor | None, bits: int, *, gated: bool, blocks: int | None = None
+) -> Tensor:
     width = x.shape[-1] // (2 if gated else 1)
     out = x.new_empty((*x.shape[:-1], width), dtype=torch.int8)
     kinds = {"multiplier": _kind(multiplier), "shift": _kind(shift)}
-    unit = rotate_unit(width, x.dtype, bits, gated=gated, dynamic=False, **kinds)
+    unit = rotate_unit(width, x.dtype, bits, gated=gated, dynamic=False, blocks=blocks, **kinds)
     _launch(unit, x, width, multiplier.contiguous(), None if shift is None else shift.contiguous(), out, None, 0.0)
     return out
 
@@ -163,7 +180,7 @@ def _launch(
     if rows.data_ptr() % ALIGNMENT:
         rows = rows.clone()
     tiles = warps(width // INNER)
-    blocks = min(rows.shape[0], max(1, WARPS // tiles) * multiprocessors(x.device))
+    blocks = min(rows.shape[0], int(dict(unit.defines)["MQ_BLOCKS"]) * multiprocessors(x.device))
     arguments = (rows, _signs(width, x.device), multiplier, shift, out, scales)
     kernel(unit, "rotate", x.device).launch(
         (blocks, 1, 1),
