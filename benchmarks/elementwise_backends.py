@@ -3,8 +3,8 @@
     python benchmarks/elementwise_backends.py [--json OUT]
 
 bfloat16 rows of Llama-2-7B's widths to int8 codes. Every figure is the median over passes of a captured graph of calls
-that overlap as in a decode step, in microseconds for one call; `gb_s` counts what must be read and written. Rotations with
-SwiGLU are also run with other numbers of blocks on a multiprocessor than the usual one.
+that overlap as in a decode step, in microseconds for one call; `gb_s` counts what must be read and written. Rotations
+with SwiGLU are also run with other numbers of blocks on a multiprocessor than the usual one.
 """
 
 import argparse
