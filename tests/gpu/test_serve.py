@@ -54,12 +54,17 @@ class Server:
         """Until it says that it is ready."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            assert self.process.poll() is None, f"the server ended: {self.log.read_text()[-3000:]}"
+            assert self.process.poll() is None, f"the server ended: {self.told()}"
             with suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
                 return
             time.sleep(0.5)
-        raise TimeoutError(f"no server after {START_SECONDS} s: {self.log.read_text()[-3000:]}")
+        raise TimeoutError(f"no server after {START_SECONDS} s: {self.told()}")
+
+    def told(self) -> str:
+        """The end of the log, and before it what processes of the engine say of errors."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([*[line for line in lines if "ERROR" in line][:60], "...", *lines[-20:]])
 
     def request(self, **given: Any) -> urllib.request.Request:
         body = json.dumps({"model": self.name, "temperature": 0, **given}).encode()
