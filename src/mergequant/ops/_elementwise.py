@@ -10,9 +10,11 @@ from torch import Tensor
 from mergequant.errors import KernelError
 from mergequant.ops import backends
 
-__all__ = ["backend_for", "codes_like", "first_for_gather", "kernels_for", "pack_pairs"]
+__all__ = ["MOST_GATHERED", "backend_for", "codes_like", "first_for_gather", "kernels_for", "pack_pairs"]
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (*NARROW_DTYPES, torch.float32)
+MOST_GATHERED = 8192  # channels, or codes, of a row whose constants a block of the CUDA norm keeps
 
 
 def kernels_for(op: str, stem: str, *inputs: Tensor | None, first: str | None = None) -> Any:
@@ -20,9 +22,9 @@ def kernels_for(op: str, stem: str, *inputs: Tensor | None, first: str | None = 
 
     Args:
         op: name of the op.
-        first: backend that is better here than the one that the op's order begins with.
         stem: its module in `ops.triton`; the CUDA versions of all are in `ops.cuda.elementwise`, under the same names.
         inputs: the op's float tensors, None for what is not given. float64 stays with torch, which is reported.
+        first: backend that is better here than the one that the op's order begins with.
 
     Raises:
         KernelError: the CUDA backend is forced on tensors of another device.
@@ -55,13 +57,15 @@ def _module(backend: str, stem: str) -> Any:
     return import_module("mergequant.ops.cuda.elementwise" if backend == "cuda" else f"mergequant.ops.triton.{stem}")
 
 
-def first_for_gather(index: Tensor | None) -> str | None:
-    """Backend whose norm is to be preferred where codes gather channels; None: no other than usual.
+def first_for_gather(x: Tensor, index: Tensor | None) -> str | None:
+    """Backend to be preferred for the norm of x (..., channels) whose codes gather channels; None: no other than usual.
 
     On an NVIDIA H200 a block that takes many rows, and keeps what belongs to channels, is as fast as Triton's kernel
     for few rows and 1.6 times as fast for many (`benchmarks/elementwise_backends.py`).
     """
-    return None if index is None else "cuda"
+    if index is None or x.dtype not in NARROW_DTYPES or max(x.shape[-1], index.shape[0]) > MOST_GATHERED:
+        return None
+    return "cuda"
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def add_rmsnorm_quant(
     """
     require_residual("add_rmsnorm_quant", x, residual)
     require_quant_arguments("add_rmsnorm_quant", residual, multiplier, index, shift, bits)
-    kernels = kernels_for("add_rmsnorm_quant", "norm_quant", residual, x, first=first_for_gather(index))
+    kernels = kernels_for("add_rmsnorm_quant", "norm_quant", residual, x, first=first_for_gather(x, index))
     if kernels is not None:
         result: Tensor = kernels.add_rmsnorm_quant(x, residual, multiplier, index, shift, eps, bits)
         return result

@@ -55,7 +55,7 @@ def rmsnorm_quant(
         KernelError: a dtype, shape or device that is not as above.
     """
     require_quant_arguments("rmsnorm_quant", x, multiplier, index, shift, bits, packed)
-    kernels = kernels_for("rmsnorm_quant", "norm_quant", x, first=first_for_gather(index))
+    kernels = kernels_for("rmsnorm_quant", "norm_quant", x, first=first_for_gather(x, index))
     if kernels is not None:
         result: Tensor = kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=False)
         return result
@@ -77,7 +77,7 @@ def layernorm_quant(
     Arguments, result and errors as `rmsnorm_quant`; the norm's bias over the step is part of `shift`.
     """
     require_quant_arguments("layernorm_quant", x, multiplier, index, shift, bits, packed)
-    kernels = kernels_for("layernorm_quant", "norm_quant", x, first=first_for_gather(index))
+    kernels = kernels_for("layernorm_quant", "norm_quant", x, first=first_for_gather(x, index))
     if kernels is not None:
         result: Tensor = kernels.norm_quant(x, multiplier, index, shift, eps, bits, packed, centre=True)
         return result

@@ -118,38 +118,35 @@ def sweep(
     factor = inverse.factor
     numbers = inverse.order.tolist()
     at_once = block_kernel(quantize_column, columns, block) if begin_group is None else None
+    if at_once is not None:
+        kernel = at_once
+
+        def fix_group(position: int, values: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+            pivots = torch.diagonal(own).contiguous()
+            return kernel(numbers[position : position + values.shape[0]], values, -own.t(), pivots=pivots)
+
+    size = block if begin_group is None or not group_size else group_size
     for start in range(0, width, block):
         stop = min(start + block, width)
         piece, local = columns[start:stop], factor[start:stop, start:stop]
-        if at_once is not None:
-            result[start:stop], errors = at_once(
-                numbers[start:stop], piece, -local.t(), pivots=torch.diagonal(local).contiguous()
-            )
-            loss += errors.square().sum(0) / 2
-            if stop < width:
-                columns[stop:] -= factor[start:stop, stop:].t() @ errors
-            continue
         errors = torch.empty_like(piece)
-        if begin_group is not None and fix_group is not None and group_size:
-            for i in range(0, stop - start, group_size):
-                own, later = slice(i, i + group_size), slice(i + group_size, None)
-                begin_group(start + i, piece[own].t())
-                result[start + i : start + i + group_size], errors[own] = fix_group(
-                    start + i, piece[own], local[own, own]
+        pivots = torch.diagonal(local).tolist() if fix_group is None else []
+        for first in range(0, stop - start, size):
+            last = min(first + size, stop - start)
+            if begin_group is not None and group_size:
+                begin_group(start + first, piece[first:last].t())
+            if fix_group is not None:
+                own = slice(first, last)
+                result[start + first : start + last], errors[own] = fix_group(
+                    start + first, piece[own], local[own, own]
                 )
-                piece[later] -= local[own, later].t() @ errors[own]
-            loss += errors.square().sum(0) / 2
-            if stop < width:
-                columns[stop:] -= factor[start:stop, stop:].t() @ errors
-            continue
-        pivots = torch.diagonal(local).tolist()
-        for i in range(stop - start):
-            if begin_group is not None and group_size and (start + i) % group_size == 0:
-                begin_group(start + i, piece[i : i + group_size].t())
-            value = quantize_column(numbers[start + i], piece[i])
-            result[start + i] = value
-            errors[i] = (piece[i] - value) / pivots[i]
-            piece[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+                piece[last:] -= local[own, last:].t() @ errors[own]
+                continue
+            for i in range(first, last):
+                value = quantize_column(numbers[start + i], piece[i])
+                result[start + i] = value
+                errors[i] = (piece[i] - value) / pivots[i]
+                piece[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
         loss += errors.square().sum(0) / 2
         if stop < width:
             columns[stop:] -= factor[start:stop, stop:].t() @ errors

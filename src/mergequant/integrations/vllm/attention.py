@@ -48,7 +48,7 @@ class PageSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list["PageSpec"]) -> "PageSpec":
         """The spec of layers that share one table of pages."""
-        assert all(spec.bits == specs[0].bits for spec in specs)
+        assert all(spec.bits == specs[0].bits for spec in specs)  # an engine has one kind of cache
         return replace(super().merge(specs), bits=specs[0].bits)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergequant.grids import IntegerGrid
+from mergequant.ops._elementwise import MOST_GATHERED
 from mergequant.ops.cuda.compiler import Unit
 from mergequant.ops.cuda.launch import Argument, kernel, multiprocessors
 from mergequant.ops.dynamic_quant import SMALLEST_SCALE
@@ -38,7 +39,6 @@ NARROW_BYTES = 2
 LEAST_THREADS, MOST_THREADS = 64, 1024
 MOST_HELD = 2  # groups of a row in a thread's registers: more would spill with 1024 threads
 WARP = 32
-MOST_GATHERED = GROUP * MOST_THREADS  # codes, or channels, of a row that a block keeps the constants of
 GATHERING_THREADS = 1280  # on a multiprocessor: 48 registers for a thread
 CHUNK_THREADS = 256  # of a block of static_quant
 CHUNK_BLOCKS = 8  # of them on a multiprocessor

@@ -19,8 +19,8 @@
 // head) form a cluster and are combined through distributed shared memory.
 //
 // Pages (MQ_PAGED): slot s of a row lies in page table[row][s / page] (../kv_pages.py), at s % page. Pages are multiples of
-// 64 slots, so no chunk is in two of them. Nothing else differs: results are those of a contiguous row, bit for bit. The
-// prefix then counts for the rows alone whose first page is marked.
+// 64 slots, so no chunk is in two of them. Nothing else differs: results are those of a contiguous row, bit for bit.
+// The prefix counts for the rows alone whose first page is marked; where there is one, a few results round otherwise.
 //
 // Overlap with the kernel ahead (`early` != 0). The caller promises that `lengths` and all slots of the cache except each
 // row's newest were written before the `kv_append` of this token was launched, and that this append is the last kernel
